@@ -1,0 +1,114 @@
+"""The command line: `moss VERB …` or `python -m moss VERB …`.
+
+A verb is one line in `VERBS`: its words, and the dataclass with its settings. The file that holds the dataclass is
+imported only when its verb runs, so `moss --help` needs neither torch nor a parser; the one-line help of each verb is
+the first line of its dataclass's docstring, read from the source.
+
+Exit codes: 0 success, 1 an error in the input or the system (one line on standard error), 2 bad usage, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moss import __version__
+from moss.errors import UsageError, one_line
+
+VERBS = {
+    "chat": "moss.terminal:Chat",
+    "tool": "moss.tools.command:ToolCommand",
+    "data curriculum": "moss.data.curriculum:Curriculum",
+    "data convert": "moss.data.dialogs:Convert",
+    "data show": "moss.data.dialogs:Show",
+    "train tokenizer": "moss.train.tokenizer:TrainTokenizer",
+    "train pretrain": "moss.train.pretrain:Pretrain",
+    "train sft": "moss.train.sft:SFT",
+    "eval tools": "moss.evals.tool_use:EvalTools",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; never a traceback for what a user can mend."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = "moss"
+    try:
+        words, rest = split_verb(argv)
+        if words not in VERBS:
+            return _overview(words, rest)
+        name = f"moss {words}"
+        code = _run(words, rest)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `moss … | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The longest verb that the arguments start with (or a group such as `data`, or ""), and what follows it."""
+    for count in (2, 1):
+        words = " ".join(argv[:count])
+        if len(argv) >= count and (words in VERBS or any(verb.startswith(words + " ") for verb in VERBS)):
+            return words, list(argv[count:])
+    return "", list(argv)
+
+
+def find(target: str) -> tuple[type, Callable[..., int]]:
+    """Import "module:Class"; the function that runs it is the class's own file's `main`."""
+    module_name, class_name = target.split(":")
+    module = importlib.import_module(module_name)
+    return getattr(module, class_name), module.main
+
+
+def summary(target: str) -> str:
+    """The first docstring line of "module:Class", without importing anything."""
+    module_name, class_name = target.split(":")
+    path = Path(__file__).parent.parent.joinpath(*module_name.split(".")).with_suffix(".py")
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == class_name:
+            return (ast.get_docstring(node) or "").split("\n")[0]
+    raise ValueError(f"{path} has no class {class_name}")
+
+
+def _run(words: str, rest: list[str]) -> int:
+    from moss.config import parse  # jsonargparse costs 0.1 s that `moss --help` should not pay
+
+    command, run = find(VERBS[words])
+    return run(parse(command, rest, prog=f"moss {words}"))
+
+
+def _overview(group: str, rest: list[str]) -> int:
+    """The list of verbs, all or one group's; an unknown verb is bad usage."""
+    name = " ".join(["moss", *group.split()])
+    if rest and rest[0] == "--version" and not group:
+        print(f"moss {__version__}")
+        return 0
+    if rest and rest[0] not in ("-h", "--help", "help"):
+        known = sorted({verb.removeprefix(group).split()[0] for verb in VERBS if verb.startswith(group)})
+        close = difflib.get_close_matches(rest[0], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"one of: {', '.join(known)}"
+        print(f"{name}: unknown command {rest[0]!r}; {hint}", file=sys.stderr)
+        return 2
+    shown = {verb: target for verb, target in VERBS.items() if verb.startswith(group)}
+    width = max(map(len, shown)) + 2
+    out = sys.stdout if rest else sys.stderr
+    print(f"usage: {name} COMMAND [options]\n", file=out)
+    for verb, target in shown.items():
+        print(f"  {verb:<{width}}{summary(target)}", file=out)
+    print(f"\n{name} COMMAND --help tells all about one command.", file=out)
+    return 0 if rest else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

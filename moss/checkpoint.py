@@ -1,0 +1,278 @@
+"""Training checkpoints that are never lost: whole or not there at all.
+
+A run's folder holds `step-000120/` for each checkpoint that is kept:
+
+    model.safetensors  config.json  tokenizer.json     what stock transformers loads
+    optimizer/state.pt                                 optimizer and random state (`torch.load(weights_only=True)`)
+    moss.json                                          format 1: stage, model, tokenizer sha256, run config, loop, data
+    manifest.json                                      size and sha256 of every other file
+
+Everything is written into a hidden folder beside, synced to disk, and published by one rename; so a kill or a full
+disk at any moment leaves the earlier checkpoints as they were. Reading takes the newest step whose manifest holds;
+others are reported with the reason and passed over, never deleted. `export` writes what a stage is for, the finished
+model, into the run's folder itself, in the same way but file by file with `moss.json` last.
+
+Two runs cannot share a folder: `lock` holds `.lock` (an advisory lock that dies with the process, even under kill -9).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from moss.model import Decoder
+from moss.tokenizer import Tokenizer
+from moss.weights import save_model
+
+FORMAT = 1
+FILES = ("model.safetensors", "config.json", "tokenizer.json", "optimizer/state.pt", "moss.json")
+STATE = ("optimizer", "rng")  # what state.pt must hold
+INFO = ("format", "stage", "model", "tokenizer_sha256", "run", "loop", "data")  # what moss.json must hold
+KEEP = 2  # whole checkpoints that a run's folder holds; never fewer
+ROOM = 1.05  # free space asked for before saving, as a multiple of what will be written
+
+Report = Callable[[str], None]
+
+
+@contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Make the run's folder and hold it for this process; unwritable or already held raises ValueError."""
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ValueError(f"cannot write in {folder}: {error.strerror}; choose another --out") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(handle, 200).decode("utf-8", "replace").strip() or "another process"
+            raise ValueError(f"{folder} is in use by {holder}; wait for it or choose another --out") from None
+        named = folder / ".lock"
+        if not named.exists() or not os.path.samestat(os.fstat(handle), named.stat()):
+            raise ValueError(f"{folder} has just been given up by another run; try again")
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        for left_over in folder.glob(".*.tmp"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
+            if made and not any(folder.iterdir()):
+                folder.rmdir()
+    finally:
+        os.close(handle)
+
+
+def steps(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every checkpoint, the newest first, whether it is whole or not."""
+    found = []
+    for path in folder.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        if number.isdecimal() and path.is_dir():
+            found.append((int(number), path))
+    return sorted(found, reverse=True)
+
+
+def newest(folder: Path, report: Report) -> Path | None:
+    """The newest whole checkpoint; those passed over are reported. None where there is none at all."""
+    found = steps(folder)
+    for _, path in found:
+        try:
+            check(path)
+            return path
+        except ValueError as error:
+            report(f"skipped {path.name}: {error}")
+    if found:
+        raise ValueError(f"none of the {len(found)} checkpoints in {folder} is whole; start anew in another --out")
+    return None
+
+
+def check(path: Path) -> None:
+    """Raise ValueError with the reason unless every file of this checkpoint is what its manifest says."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        listed = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        raise ValueError("manifest.json is missing") from None
+    except (ValueError, TypeError, KeyError, AttributeError, OSError):
+        raise ValueError("manifest.json cannot be read") from None
+    for name in FILES:
+        if name not in listed:
+            raise ValueError(f"manifest.json does not list {name}")
+    for name, (size, sha256) in listed.items():
+        file = path / name
+        if not file.is_file():
+            raise ValueError(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {size}")
+        if _sha256(file) != sha256:
+            raise ValueError(f"{name} is damaged (its sha256 differs)")
+
+
+def save(
+    folder: Path,
+    step: int,
+    *,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    state: dict[str, Any],
+    info: dict[str, Any],
+    keep: int = KEEP,
+) -> Path:
+    """Publish `step-N`, then drop all but the newest `keep` up to it; OSError leaves everything as it was."""
+    if keep < KEEP:
+        raise ValueError(f"keep is {keep}; at least {KEEP}, so that damage to the newest does not end a run")
+
+    def write(into: Path) -> None:
+        save_model(model, into, eos=tokenizer.eos)
+        tokenizer.save(into)
+        (into / "optimizer").mkdir()
+        torch.save(state, into / "optimizer" / "state.pt")
+        _write_json(into / "moss.json", {"format": FORMAT, **info})
+
+    need = sum(tensor.nbytes for tensor in _tensors([state, *model.parameters()]))
+    free = shutil.disk_usage(folder).free
+    if free < need * ROOM:
+        words = f"no space for a checkpoint ({need / 1e6:.0f} MB, {free / 1e6:.0f} MB free)"
+        raise OSError(errno.ENOSPC, words, str(folder))
+    path = publish(folder, step, write)
+    _prune(folder, step, keep)
+    return path
+
+
+def publish(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Let `write` fill a hidden folder, add the manifest, and make it `step-N` in one rename."""
+    final = folder / f"step-{step:06d}"
+    fresh = folder / f".{final.name}.tmp"
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        write(fresh)
+        _add_manifest(fresh)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(errno.EIO, f"writing failed: {error}", str(final)) from error  # torch and safetensors hide errno
+    if final.exists():  # a damaged one that was passed over: set it aside, so that the name is free for one rename
+        aside = folder / f".{final.name}.old.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        final.rename(aside)
+        fresh.rename(final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        fresh.rename(final)
+    _sync(folder)
+    return final
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(moss.json, state.pt) of a checkpoint that `newest` gave; anything missing in them is named in a ValueError."""
+    info = read_info(path)
+    try:
+        state = torch.load(path / "optimizer" / "state.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path / 'optimizer/state.pt'} cannot be read: {str(error).splitlines()[0]}") from None
+    for name in STATE:
+        if not isinstance(state, dict) or name not in state:
+            raise ValueError(f"{path / 'optimizer/state.pt'} lacks {name!r}; the run cannot go on exactly from here")
+    return info, state
+
+
+def read_info(path: Path) -> dict[str, Any]:
+    """`moss.json` of a checkpoint or of a finished model."""
+    file = path / "moss.json"
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ValueError(f"{file} is not JSON") from None
+    if not isinstance(info, dict) or info.get("format") != FORMAT:
+        raise ValueError(f"{file} is not of format {FORMAT}; use the version of moss that wrote it")
+    for name in INFO:
+        if name not in info:
+            raise ValueError(f"{file} lacks {name!r}; the run cannot go on exactly from here")
+    return info
+
+
+def export(folder: Path, *, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+    """The finished model in `folder` itself, in bfloat16: what `--model FOLDER` loads."""
+    fresh = folder / ".final.tmp"
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    save_model(model, fresh, dtype=torch.bfloat16, eos=tokenizer.eos)
+    tokenizer.save(fresh)
+    _write_json(fresh / "moss.json", {"format": FORMAT, **info})
+    for file in sorted(fresh.iterdir(), key=lambda file: file.name == "moss.json"):
+        _sync(file)
+        file.replace(folder / file.name)
+    fresh.rmdir()
+    _sync(folder)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Drop checkpoints older than the newest `keep`; one that cannot be dropped must not stop the run."""
+    for _, path in [(number, path) for number, path in steps(folder) if number <= step][keep:]:
+        doomed = folder / f".{path.name}.old.tmp"
+        try:
+            path.rename(doomed)  # out of sight in one move: a half-deleted checkpoint is never found by name
+        except OSError:
+            continue
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _add_manifest(folder: Path) -> None:
+    """Sync every file to disk and write `manifest.json` over them."""
+    files = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(file)
+        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+    _write_json(folder / "manifest.json", {"format": FORMAT, "files": files})
+    _sync(folder / "manifest.json")
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        _sync(path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Have the system write this file or folder to the disk now."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor anywhere inside nested dicts and lists."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

@@ -1,0 +1,202 @@
+"""The scripted teacher's conversations: tool turns and talk put together, for training and for evaluation.
+
+Every number in a reply is computed, and every turn carries its kind, its phrasing family and the strings that its
+reply must hold. Training never sees held-out families nor reserved questions (`family.py`); evaluation draws exactly
+those. Item i follows from (seed, i) alone.
+
+    moss data curriculum --kind dialogs --n 1000 --seed 1 -o dialogs.jsonl
+    moss data curriculum --kind questions --n 500 --lang zh --split held_out -o questions.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from moss.chat import META_INSTRUCTION, SWITCHES, Dialog
+from moss.config import option
+from moss.data import talk, tool_turns
+from moss.data.dialogs import to_moss
+from moss.data.family import Draft, Item, held_out, reserved
+from moss.data.text import documents
+
+LANGS = ("en", "zh")
+KEYS = ("thoughts", *SWITCHES)
+SHARES = {"tool": 0.55, "off": 0.12, "talk": 0.28, "numbers": 0.05}  # of the scenes
+TURNS = (0.5, 0.3, 0.15, 0.05)  # how many scenes a conversation joins: one, two, three, four
+MAX_TURNS = 4
+CHANGE_LANGUAGE = 0.08  # of the scenes after the first
+BOTH_ON = 0.6  # of the conversations have calculator and solver on
+TOOL_KINDS = ("calculator", "solver", "calculator_off", "solver_off")
+KINDS = (*TOOL_KINDS, *talk.KINDS)
+Split = Literal["known", "held_out"]
+Accept = Callable[[str, str], bool]
+
+
+def trained(family: str, question: str) -> bool:
+    """Whether training may see this question."""
+    return not held_out(family) and not reserved(question)
+
+
+def switches(rng: random.Random, **fixed: bool) -> dict[str, bool]:
+    """Random switches; calculator and solver are on together more often than not."""
+    on = {key: rng.random() < 0.4 for key in KEYS}
+    on["thoughts"] = rng.random() < 0.97
+    if rng.random() < BOTH_ON:
+        on["calculator"] = on["solver"] = True
+    else:
+        on["calculator"], on["solver"] = rng.choice([(True, False), (False, True), (False, False)])
+    return on | fixed
+
+
+def _scene(rng: random.Random, lang: str, on: dict[str, bool], kind: str | None, accept: Accept) -> list[Draft]:
+    """A scene of a kind, or of one drawn by `SHARES` among those that the switches allow."""
+    if kind in TOOL_KINDS:
+        return tool_turns.scene(rng, lang, on, kind=kind, accept=accept)
+    if kind is not None:
+        numbers = kind == "chat" and rng.random() < 0.4
+        return (tool_turns if numbers else talk).scene(rng, lang, on, kind=kind, accept=accept)
+    group = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    if group == "talk":
+        return talk.scene(rng, lang, on, accept=accept)
+    if group == "numbers":
+        return tool_turns.scene(rng, lang, on, kind="chat", accept=accept)
+    usable = [tool for tool in ("calculator", "calculator", "solver") if on[tool] == (group == "tool")]
+    if not usable:  # nothing is off, or nothing is on
+        return tool_turns.scene(rng, lang, on, accept=accept)
+    tool = rng.choice(usable)
+    return tool_turns.scene(rng, lang, on, kind=tool if on[tool] else f"{tool}_off", accept=accept)
+
+
+def conversation(rng: random.Random, *, scenes: int | None = None, accept: Accept = trained) -> Item:
+    """One conversation of 1 to `MAX_TURNS` turns."""
+    lang = rng.choice(LANGS)
+    first, on = lang, switches(rng)
+    scenes = scenes or rng.choices(range(1, len(TURNS) + 1), TURNS)[0]
+    drafts: list[Draft] = []
+    for index in range(scenes):
+        if index and rng.random() < CHANGE_LANGUAGE:
+            lang = "zh" if lang == "en" else "en"
+        drafts += _scene(rng, lang, on, None, accept)
+        if len(drafts) >= MAX_TURNS:
+            break
+    return _item(drafts[:MAX_TURNS], on, first)
+
+
+def _item(drafts: list[Draft], on: dict[str, bool], lang: str) -> Item:
+    return Item(Dialog(META_INSTRUCTION, on, [draft.turn for draft in drafts]), tuple(drafts), lang)
+
+
+def dialogs(seed: int, *, start: int = 0) -> Iterator[Item]:
+    """Conversations for training, without end; item i depends on (seed, i) only."""
+    for i in count(start):
+        yield conversation(random.Random(f"{seed}:{i}"))
+
+
+def questions(kind: str, lang: str, split: Split = "known", n: int = 500, seed: int = 0) -> list[Item]:
+    """Evaluation conversations whose last turn is of `kind` and was kept from training.
+
+    `known`: reserved questions of trained families; `held_out`: families that training never sees. About a third
+    have earlier turns, of trained families. No question comes twice.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    seen: set[str] = set()
+    found: list[Item] = []
+    for i in range(n * 40 + 200):
+        item = _question(random.Random(f"{seed}:{kind}:{lang}:{split}:{i}"), kind, lang, split)
+        last = item.drafts[-1] if item else None
+        if item and last and last.turn.human not in seen:
+            seen.add(last.turn.human)
+            found.append(item)
+            if len(found) == n:
+                return found
+        elif not found and i > 2000:
+            break
+    raise ValueError(f"only {len(found)} different {split} questions of kind {kind!r} in {lang!r}; ask for fewer than {n}")
+
+
+def _question(rng: random.Random, kind: str, lang: str, split: Split) -> Item | None:
+    """One evaluation conversation, or None when the draw did not end in a kept question."""
+
+    def wanted(family: str, question: str) -> bool:
+        return held_out(family) if split == "held_out" else not held_out(family) and reserved(question)
+
+    def allowed(family: str, question: str) -> bool:
+        return trained(family, question) or wanted(family, question)
+
+    fixed = {kind.removesuffix("_off"): not kind.endswith("_off")} if kind in TOOL_KINDS else {}
+    on = switches(rng, thoughts=True, **fixed)
+    for _ in range(60):
+        drafts = _scene(rng, lang, on, kind, allowed)
+        while drafts and not wanted(drafts[-1].family, drafts[-1].turn.human):
+            drafts.pop()
+        if drafts and drafts[-1].kind == kind and all(trained(d.family, d.turn.human) for d in drafts[:-1]):
+            break
+    else:
+        return None
+    if len(drafts) == 1 and rng.random() < 0.25:
+        drafts = _scene(rng, lang, on, None, trained)[:2] + drafts
+    return _item(drafts, on, lang)
+
+
+def text(seed: int) -> Iterator[str]:
+    """Plain documents for pre-training, without end: three of `text.documents`, then a conversation as prose."""
+    plain = documents(seed)
+    for i in count():
+        if i % 4 < 3:
+            yield next(plain)
+        else:
+            turns = conversation(random.Random(f"{seed}:text:{i}")).dialog.turns
+            yield "\n".join(line for turn in turns for line in (turn.human, turn.reply)) + "\n"
+
+
+def to_json(item: Item) -> dict[str, Any]:
+    """A row of released MOSS JSON, with what is known about its last turn."""
+    last = item.drafts[-1]
+    known = {"kind": last.kind, "family": last.family, "lang": item.lang, "answer": list(last.answer)}
+    return to_moss(item.dialog) | known
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Write the scripted teacher's material as JSON lines: conversations, plain text or evaluation questions."""
+
+    kind: Literal["dialogs", "text", "questions"] = "dialogs"  # what to write
+    n: int = 1000  # how many rows; of questions, per kind of conversation
+    seed: int = 0  # the same seed gives the same rows
+    output: Path | None = option(None, short="-o")  # file to write; standard output without it
+    lang: Literal["en", "zh", "both"] = "both"  # language of questions
+    split: Split = "known"  # of questions: new values in trained families, or families never trained on
+
+
+def rows(config: Curriculum) -> Iterator[dict[str, Any]]:
+    """The JSON rows that a `Curriculum` asks for."""
+    if config.kind == "dialogs":
+        yield from map(to_json, islice(dialogs(config.seed), config.n))
+    elif config.kind == "text":
+        yield from ({"text": document} for document in islice(text(config.seed), config.n))
+    else:
+        for lang in LANGS if config.lang == "both" else (config.lang,):
+            for kind in TOOL_KINDS:
+                yield from map(to_json, questions(kind, lang, config.split, config.n, config.seed))
+
+
+def main(config: Curriculum) -> int:
+    """Entry of `moss data curriculum`."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(config))
+    if config.output is None:
+        sys.stdout.writelines(lines)
+        return 0
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    beside = config.output.with_name(config.output.name + ".part")
+    with beside.open("w", encoding="utf-8") as file:
+        file.writelines(lines)
+    beside.replace(config.output)
+    return 0

@@ -1,0 +1,215 @@
+"""The key/value cache: rows that requests borrow, and that keep what they read for the next prompt.
+
+One tensor a layer holds every row, (rows, kv heads, length, head size); it grows by doubling up to the
+limits, so that one short chat does not pay for thirty-two long ones. Rows that decode together always lie
+side by side: a step then attends over a *view* of the cache, never over a gathered copy. Joining or leaving
+may swap two rows to keep it so; a single chat never moves anything.
+
+A row that is given back keeps its content. The next prompt of the same conversation, or any prompt that
+begins alike, reads only what differs; the least recently used row goes first when room is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FIRST_LENGTH = 256  # tokens a row can hold before the cache first grows
+WORTH_COPYING = 16  # a prefix shorter than this is read again: cheaper than copying it from another row
+
+
+@dataclass
+class Slot:
+    """One row: which ids its keys and values were computed from, and whose it is."""
+
+    row: int
+    ids: list[int] = field(default_factory=list)
+    conversation: Hashable | None = None
+    user: Any = None  # the request that reads or decodes in it; None when idle
+    used: int = 0  # tick of the last use
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids `a` and `b` share."""
+    length = min(len(a), len(b))
+    if a[:length] == b[:length]:
+        return length
+    return next(i for i in range(length) if a[i] != b[i])
+
+
+class Window:
+    """The cache as one forward pass sees it: `count` neighbouring rows, each of which gets T new tokens.
+
+    `starts[i]` is how many tokens row `first + i` already holds; the new ones are written behind them.
+    """
+
+    def __init__(self, cache: Cache, first: int, starts: Sequence[int], num_new: int) -> None:
+        self.keys, self.values = cache.keys, cache.values
+        self.rows = slice(first, first + len(starts))
+        self.num_new = num_new
+        self.length = max(starts) + num_new  # S: no row holds more, so nothing beyond it is read
+        self.start = starts[0] if min(starts) == max(starts) else None
+        device = cache.keys[0].device
+        start = torch.tensor(starts, device=device)[:, None]  # (B, 1)
+        self.positions = start + torch.arange(num_new, device=device)  # (B, T)
+        if self.start is None:
+            self._row_index = torch.arange(first, first + len(starts), device=device)[:, None]
+        self._mask: Tensor | None = None
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k, v (B, Hkv, T, Dh) of the new tokens; returns all keys and values (B, Hkv, S, Dh) as views."""
+        keys, values = self.keys[layer], self.values[layer]
+        if self.start is not None:
+            keys[self.rows, :, self.start : self.length] = k
+            values[self.rows, :, self.start : self.length] = v
+        else:
+            keys[self._row_index, :, self.positions] = k.transpose(1, 2)
+            values[self._row_index, :, self.positions] = v.transpose(1, 2)
+        return keys[self.rows, :, : self.length], values[self.rows, :, : self.length]
+
+    def mask(self, length: int) -> Tensor:
+        """(B, 1, T, S), True where the new token may attend: its own row up to itself."""
+        assert length == self.num_new, (length, self.num_new)
+        if self._mask is None:
+            columns = torch.arange(self.length, device=self.positions.device)
+            self._mask = (columns <= self.positions[:, :, None])[:, None]
+        return self._mask
+
+
+class Cache:
+    """All rows, which of them decode now, and what each one holds.
+
+    The rows that decode are `live`, a list of slots in row order without gaps: `live[i].row == live[0].row + i`.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        slots: int,
+        max_length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if slots < 1:
+            raise ValueError(f"slots is {slots}; a cache needs at least one")
+        self.max_slots, self.max_length = slots, max_length
+        self.slots: list[Slot] = []
+        self.live: list[Slot] = []
+        self._tick = 0
+        shape = (1, num_kv_heads, min(FIRST_LENGTH, max_length), head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+
+    def acquire(self, prompt: Sequence[int], user: Any, conversation: Hashable | None = None) -> Slot | None:
+        """A row for `prompt` that already holds as much of its beginning as any row does; None when all are busy.
+
+        `slot.ids` is what needs no reading; at least the last id of the prompt always remains to be read.
+        """
+        prompt = list(prompt)
+        usable = prompt[:-1]
+        lengths = [common_prefix(slot.ids, usable) for slot in self.slots]
+        slot = self._place(conversation)
+        if slot is None:
+            return None
+        held = lengths[slot.row] if slot.row < len(lengths) else 0
+        source = max(range(len(lengths)), key=lengths.__getitem__, default=0)
+        if lengths and lengths[source] >= held + WORTH_COPYING:
+            held = lengths[source]
+            for store in (*self.keys, *self.values):
+                store[slot.row, :, :held] = store[source, :, :held]
+        slot.ids = usable[:held]
+        slot.conversation, slot.user = conversation, user
+        self._touch(slot)
+        return slot
+
+    def release(self, slot: Slot) -> None:
+        """Give a row back. Its content stays until the row is needed; without a conversation it goes first."""
+        slot.user = None
+        self._touch(slot)
+
+    def forget(self, conversation: Hashable) -> None:
+        """The conversation is over: its row may be taken by the next request."""
+        for slot in self.slots:
+            if slot.conversation == conversation:
+                slot.conversation = None
+
+    def join(self, slot: Slot) -> None:
+        """Let the row decode with the others."""
+        if self.live:
+            before, after = self.live[0].row - 1, self.live[-1].row + 1
+            if slot.row == before or after == len(self.slots):
+                self._swap(slot, self.slots[before])
+                self.live.insert(0, slot)
+                return
+            self._swap(slot, self.slots[after])
+        self.live.append(slot)
+
+    def leave(self, slot: Slot) -> None:
+        """The row decodes no longer; the rows that do stay neighbours."""
+        if slot is not self.live[0]:
+            last = self.live[-1]
+            index = self.live.index(slot)
+            self._swap(slot, last)
+            self.live[index] = last
+            self.live.pop()
+        else:
+            self.live.pop(0)
+
+    def window(self, first: int, starts: Sequence[int], num_new: int) -> Window:
+        """A view for one forward pass over rows first, first+1, … with `num_new` tokens each."""
+        self._reserve(max(starts) + num_new)
+        return Window(self, first, starts, num_new)
+
+    def _place(self, conversation: Hashable | None) -> Slot | None:
+        """The conversation's own row, else one nobody owns, else a new one, else the longest unused."""
+        idle = [slot for slot in self.slots if slot.user is None]
+        if conversation is not None:
+            own = next((slot for slot in idle if slot.conversation == conversation), None)
+            if own is not None:
+                return own
+        unowned = [slot for slot in idle if slot.conversation is None]
+        if not unowned and len(self.slots) < self.max_slots:
+            self.slots.append(Slot(row=len(self.slots)))
+            self._reserve(1)
+            return self.slots[-1]
+        return min(unowned or idle, key=lambda slot: slot.used, default=None)
+
+    def _touch(self, slot: Slot) -> None:
+        self._tick += 1
+        slot.used = self._tick
+
+    def _swap(self, a: Slot, b: Slot) -> None:
+        """Exchange the places of two rows."""
+        if a is b:
+            return
+        length = max(len(a.ids), len(b.ids))
+        for store in (*self.keys, *self.values):
+            kept = store[a.row, :, :length].clone()
+            store[a.row, :, :length] = store[b.row, :, :length]
+            store[b.row, :, :length] = kept
+        a.row, b.row = b.row, a.row
+        self.slots[a.row], self.slots[b.row] = a, b
+
+    def _reserve(self, length: int) -> None:
+        """Grow the tensors until they have `length` columns and a row for every slot."""
+        assert length <= self.max_length, (length, self.max_length)
+        rows, heads, columns, size = self.keys[0].shape
+        if length <= columns and len(self.slots) <= rows:
+            return
+        while columns < length:
+            columns *= 2
+        while rows < len(self.slots):
+            rows *= 2
+        shape = (min(rows, self.max_slots), heads, min(columns, self.max_length), size)
+        for stores in (self.keys, self.values):
+            for layer, old in enumerate(stores):
+                # Zeros, not garbage: a masked column has weight 0, and 0 * NaN would still be NaN.
+                stores[layer] = old.new_zeros(shape)
+                stores[layer][: old.shape[0], :, : old.shape[2]] = old

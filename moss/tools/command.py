@@ -1,0 +1,72 @@
+"""`moss tool`: run a line of commands by hand, exactly as the model's lines are run.
+
+moss tool 'Calculate("x=1.5;y=x^2;x+y=?")'
+moss tool - --json < lines.txt
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from moss.config import option
+from moss.tools.base import MAX_CALLS, NO_RESULT, format_results, prepare, read_commands, run_calls, standard_tools
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCommand:
+    """Run a line of tool commands, as the model writes them, and print the results."""
+
+    commands: str = option(positional=True)  # such as 'Calculate("1+1"), Solve("x+2=5")'; - reads lines from stdin
+    json: bool = False  # one JSON line each: calls (name, args, ok, result, seconds, error), results, ignored
+
+
+def main(config: ToolCommand) -> int:
+    """Run the line, or every line of standard input; 1 when a single line gives no result."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if config.commands != "-":
+        report = run_line(config.commands)
+        _show(report, as_json=config.json)
+        if not report["calls"] and report["ignored"]:
+            raise ValueError(f'no command in {config.commands[:60]!r}; write for example Calculate("1+1")')
+        return 0 if all(call["ok"] for call in report["calls"]) else 1
+    prepare(standard_tools())
+    for line in _lines():
+        _show(run_line(line), as_json=config.json)
+    return 0
+
+
+def run_line(line: str) -> dict[str, Any]:
+    """What became of a line of commands, ready for JSON."""
+    tools = standard_tools()
+    calls, ignored = read_commands(line)
+    outcomes = run_calls(calls, tools)
+    reports = []
+    for call, outcome in zip(calls, outcomes):
+        result = outcome.text if outcome.ok else NO_RESULT if outcome.ran else "None"
+        report = {"name": call.name, "args": call.args, "ok": outcome.ok, "result": result}
+        reports.append(report | {"seconds": round(outcome.seconds, 6), "error": outcome.error or None})
+    results = format_results(calls[:MAX_CALLS], outcomes[:MAX_CALLS], tools)
+    return {"calls": reports, "results": results, "ignored": ignored}
+
+
+def _lines() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        yield line.decode("utf-8", errors="replace").rstrip("\r\n")
+
+
+def _show(report: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False), flush=True)
+        return
+    print(report["results"], flush=True)
+    for call in report["calls"]:
+        if call["error"]:
+            print(f"moss tool: {call['name']}: {call['error']}", file=sys.stderr)
+    for text in report["ignored"]:
+        print(f"moss tool: ignored: {text}", file=sys.stderr)

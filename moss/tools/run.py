@@ -1,0 +1,397 @@
+"""The turn loop: a question in, events out, tools in between. Terminal, Python, evaluation and server all use it.
+
+A turn is one or more passes of the engine. The first writes thoughts and commands; code runs the commands of the
+tools that are switched on and appends their results; then the model chooses between another round and its reply,
+until `max_rounds`, when the reply is asked for. A vocabulary without ids for the roles (the released models) has one
+round. Control ids open and end sections, never their spelling, so that text can neither run a tool nor end a turn;
+a pass that leaves the format is stopped, and what it left unfinished is not run.
+
+    for event in answer(dialog, engine, tok, standard_tools(), Options(conversation="a")):
+        print(event.to_json())  # {"type": "thoughts", "text": "..."}, ..., {"type": "done", ...}
+
+The last turn of `dialog` is the question; whatever else it holds is ignored. Closing the iterator cancels the pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Generator, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from moss.chat import (
+    MAX_ROUNDS,
+    NONE,
+    SWITCHES,
+    Dialog,
+    Form,
+    Round,
+    StreamParser,
+    Switch,
+    TooLong,
+    Turn,
+    Until,
+    render,
+    trim,
+)
+from moss.engine import EngineError, Sampling, Stream
+from moss.tokenizer import Tokenizer
+from moss.tools.base import MAX_CALLS, Call, Outcome, Tool, format_results, parse_commands, stream_calls
+
+SAMPLING = Sampling(temperature=0.7, top_p=0.8)  # as the released models were served
+PASSES = 16  # seeds set aside for one turn: more than its passes, which are at most MAX_ROUNDS + 2
+
+
+class Submits(Protocol):
+    """What the loop needs of an engine: the local one or anything that speaks token ids."""
+
+    max_length: int
+
+    def submit(self, ids: list[int], sampling: Sampling, *, conversation: Hashable | None = None) -> Stream: ...
+
+    def forget(self, conversation: Hashable) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How one turn is answered.
+
+    Of `sampling`, the stop ids and the seed are set by the loop, `max_tokens` holds for each pass, `time_limit` for
+    the whole turn.
+    """
+
+    sampling: Sampling = SAMPLING
+    max_rounds: int = MAX_ROUNDS
+    quality: int | None = None  # the preference tag that opens the reply
+    conversation: Hashable | None = None  # keeps the engine's cache for the next turn; None forgets it after this one
+    seed: int | None = None
+    form: Form = "plugin"  # `sft` and `base` ask for a reply alone
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_rounds <= MAX_ROUNDS:
+            raise ValueError(f"max_rounds is {self.max_rounds}; it must be 1 to {MAX_ROUNDS}")
+
+
+# ------------------------------------------------------------------------------------------------------------- events
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a turn; `to_json` is the wire format everywhere."""
+
+    type: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"type": self.type, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Thoughts(Event):
+    """A piece of the inner thoughts; `round` counts from 0."""
+
+    type: ClassVar[str] = "thoughts"
+    text: str
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class Command(Event):
+    """A command as the model wrote it; `call` numbers the commands of a turn from 0 and returns in what follows."""
+
+    type: ClassVar[str] = "command"
+    call: int
+    name: str
+    args: list[str]
+    raw: str
+    round: int = 0
+
+
+@dataclass(frozen=True)
+class ToolStarted(Event):
+    """A command is running. Commands that may not run have no such event, only `ToolDone` with the reason."""
+
+    type: ClassVar[str] = "tool_started"
+    call: int
+    name: str
+
+
+@dataclass(frozen=True)
+class ToolProgress(Event):
+    """A tool that takes long says where it is."""
+
+    type: ClassVar[str] = "tool_progress"
+    call: int
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolDone(Event):
+    """A command has its result, or else `error` tells the user why not (the model reads `No result.`)."""
+
+    type: ClassVar[str] = "tool_done"
+    call: int
+    name: str
+    ok: bool
+    result: str = ""
+    error: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reply(Event):
+    """A piece of the reply."""
+
+    type: ClassVar[str] = "reply"
+    text: str
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """Something the user should know: old turns left out, an answer that was cut."""
+
+    type: ClassVar[str] = "notice"
+    text: str
+
+
+@dataclass(frozen=True)
+class Error(Event):
+    """The turn could not be finished; nothing follows."""
+
+    type: ClassVar[str] = "error"
+    text: str
+
+
+@dataclass(frozen=True)
+class Done(Event):
+    """The turn as it goes into the conversation; `finish` is why the reply ended (stop, length, time).
+
+    usage: `prompt_tokens` of the first pass, of which the cache held `cached_tokens`, and all `completion_tokens`.
+    timing in seconds: `first_token`, `tools`, `total`.
+    """
+
+    type: ClassVar[str] = "done"
+    turn: Turn
+    finish: str
+    usage: dict[str, int] = field(default_factory=dict)
+    timing: dict[str, float] = field(default_factory=dict)
+
+
+# --------------------------------------------------------------------------------------------------------------- loop
+
+
+def answer(
+    dialog: Dialog, engine: Submits, tok: Tokenizer, tools: Mapping[str, Tool], options: Options = Options()
+) -> Iterator[Event]:
+    """Answer the last turn of `dialog`. Ends with `Done`, or with `Error` where the turn cannot be finished.
+
+    A tool runs only if it is in `tools` (by key) and switched on in `dialog.switches`; a switch without its tool
+    shows as off in the prompt.
+    """
+    if not dialog.turns:
+        raise ValueError("the conversation has no turn to answer; append a Turn with the question")
+    turn = _Turn(dialog, engine, tok, tools, options)
+    try:
+        yield from turn.events()
+    except (TooLong, EngineError) as error:
+        yield Error(str(error))
+    finally:
+        if options.conversation is None:
+            engine.forget(turn.conversation)
+
+
+Wrote = Literal["round", "reply", "choice"]  # a choice: the reply's marker at most, its text is yet to come
+
+
+@dataclass
+class _Pass:
+    """What one run of the engine wrote. `ended`: every marker came as the format has it, up to its end."""
+
+    wrote: Wrote
+    texts: dict[str, str]
+    ended: bool
+    finish: str
+
+
+class _Turn:
+    """One turn in the making."""
+
+    def __init__(
+        self, dialog: Dialog, engine: Submits, tok: Tokenizer, tools: Mapping[str, Tool], options: Options
+    ) -> None:
+        self.engine, self.tok, self.tools, self.options = engine, tok, tools, options
+        self.turn = Turn(dialog.turns[-1].human, quality=options.quality)
+        switches = {key: on and (key == "thoughts" or key in tools) for key, on in dialog.switches.items()}
+        self.dialog = dataclasses.replace(dialog, switches=switches, turns=[*dialog.turns[:-1], self.turn])
+        self.enabled = {key for key, on in switches.items() if on}
+        self.shows_thoughts = switches.get("thoughts", True)
+        self.lines = SWITCHES | {key: Switch(tool.switch, tool.api) for key, tool in tools.items()}
+        self.conversation: Hashable = object() if options.conversation is None else options.conversation
+        self.num_calls = 0
+        self.num_passes = 0
+        self.usage = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
+        self.started = time.perf_counter()
+        self.first_token = 0.0
+        self.tool_seconds = 0.0
+
+    def events(self) -> Iterator[Event]:
+        until: Until = "thoughts" if self.options.form == "plugin" else "reply"
+        while True:
+            done = yield from self._pass(until)
+            if done.wrote == "round":
+                yield from self._round(done)
+            until = "reply"
+            if done.wrote == "reply":
+                break
+            asked = self.turn.rounds[-1].commands != NONE  # nothing asked for: there is nothing to think about anew
+            if done.wrote == "round" and asked and self._may_go_on():
+                until = "results"
+        self.turn.reply = done.texts.get("reply", "")
+        if not done.ended:
+            why = {"length": "at its longest", "time": "when its time was over"}.get(done.finish, "in the middle")
+            yield Notice(f"the answer was cut {why}")
+        timing = {
+            "first_token": self.first_token,
+            "tools": self.tool_seconds,
+            "total": time.perf_counter() - self.started,
+        }
+        yield Done(self.turn, done.finish, self.usage, timing)
+
+    def _may_go_on(self) -> bool:
+        """Whether the model may choose another round. Where roles are text it was never taught to choose."""
+        return self.tok.single_roles and len(self.turn.rounds) < self.options.max_rounds
+
+    def _prompt(self, until: Until) -> Generator[Event, None, list[int]]:
+        """The ids of the conversation up to `until`; the oldest turns go where it would be too long."""
+        reserve = min(self.options.sampling.max_tokens, self.engine.max_length // 4)
+        limit = self.engine.max_length - reserve
+        form: Any = {"until": until, "switches": self.lines, "form": self.options.form}
+        self.dialog, dropped = trim(self.dialog, self.tok, limit, **form)
+        if dropped:
+            what = "the oldest turn no longer fits and was" if dropped == 1 else f"the {dropped} oldest turns were"
+            yield Notice(f"{what} left out")
+        return render(self.dialog, self.tok, **form)[0]
+
+    def _pass(self, until: Until) -> Generator[Event, None, _Pass]:
+        """Run the engine once from the cut `until` and pass on what it writes."""
+        prompt = yield from self._prompt(until)
+        path = _Path(self.tok, until, self.options)
+        parser = StreamParser(self.tok, None if until == "results" else until)
+        texts: dict[str, str] = {}
+        stream = self.engine.submit(prompt, self._sampling(path.stops), conversation=self.conversation)
+        try:
+            for token in stream:
+                self.first_token = self.first_token or time.perf_counter() - self.started
+                self.usage["completion_tokens"] += 1
+                if not path.follow(token.id):
+                    break
+                yield from self._say(parser.feed([token.id]), texts)
+                if path.ended:
+                    break
+        finally:
+            stream.cancel()
+        yield from self._say(parser.close(), texts)
+        if self.shows_thoughts and texts.get("thoughts", NONE) in ("N", "No", "Non"):
+            yield Thoughts(texts["thoughts"], len(self.turn.rounds))  # it waited to become None, and did not
+        if self.num_passes == 0:
+            self.usage |= {"prompt_tokens": stream.prompt_tokens, "cached_tokens": stream.reused}
+        self.num_passes += 1
+        if stream.finish == "cancelled" and not (path.ended or path.left):
+            raise EngineError("the engine was closed")
+        return _Pass(path.wrote, texts, path.ended, "stop" if path.ended else stream.finish or "stop")
+
+    def _sampling(self, stops: frozenset[int]) -> Sampling:
+        """The options' sampling for the next pass: its own seed, and what is left of the turn's time."""
+        base, seed = self.options.sampling, self.options.seed
+        left = None if base.time_limit is None else base.time_limit - (time.perf_counter() - self.started)
+        return dataclasses.replace(
+            base,
+            stop_ids=stops,
+            seed=None if seed is None else seed * PASSES + self.num_passes,
+            time_limit=None if left is None else max(left, 0.001),
+        )
+
+    def _say(self, pieces: list[tuple[str, str]], texts: dict[str, str]) -> Iterator[Event]:
+        """Keep pieces of sections, and turn those that users see into events."""
+        for section, text in pieces:
+            before = texts.get(section, "")
+            texts[section] = before + text
+            if section == "reply":
+                yield Reply(text)
+            elif section == "thoughts" and self.shows_thoughts and not NONE.startswith(before + text):
+                # "None" is no thought, so what may still become it has waited.
+                yield Thoughts(before + text if NONE.startswith(before) else text, len(self.turn.rounds))
+
+    def _round(self, done: _Pass) -> Iterator[Event]:
+        """Run the commands of a pass and add its round to the turn. An unfinished line of commands is not run."""
+        commands = done.texts.get("commands", "") if done.ended else ""
+        item = Round(done.texts.get("thoughts") or NONE, commands or NONE)
+        number = len(self.turn.rounds)
+        self.turn.rounds.append(item)
+        calls = parse_commands(commands)
+        first, self.num_calls = self.num_calls, self.num_calls + len(calls)
+        for index, call in enumerate(calls):
+            yield Command(first + index, call.name, call.args, call.raw, number)
+        for index, call in enumerate(calls):
+            if self._runs(index, call):
+                yield ToolStarted(first + index, call.name)
+        outcomes: dict[int, Outcome] = {}
+        started = time.perf_counter()
+        for index, outcome in stream_calls(calls, self.tools, self.enabled):
+            outcomes[index] = outcome
+            name, text, error = calls[index].name, outcome.text, outcome.error
+            yield ToolDone(first + index, name, outcome.ok, text, error, outcome.seconds)
+        if calls:
+            self.tool_seconds += time.perf_counter() - started
+            limit = self.engine.max_length // (2 * min(len(calls), MAX_CALLS))  # characters; leaves room for the reply
+            item.results = format_results(calls, [outcomes[i] for i in range(len(calls))], self.tools, limit=limit)
+
+    def _runs(self, index: int, call: Call) -> bool:
+        keys = {tool.name: key for key, tool in self.tools.items()}
+        return index < MAX_CALLS and not call.error and keys.get(call.name) in self.enabled
+
+
+class _Path:
+    """The control ids that a pass may write, in their order; any other one ends it.
+
+    After `thoughts`: <eot> <|Commands|> <eoc>. After `reply`: <eom>. After `results` the first id chooses: either
+    <|Inner Thoughts|> and then as after `thoughts`, or <|MOSS|> and then as after `reply`; if a quality tag is set,
+    code must write it first, so that the pass ends there.
+    """
+
+    def __init__(self, tok: Tokenizer, until: Until, options: Options) -> None:
+        self._control = tok.control_ids
+        end = [tok.eos] if options.form == "base" else tok.marker("<eom>")
+        rounds: list[int] = []
+        if options.form == "plugin":
+            names = ["<eot>", "<|Commands|>", "<eoc>"] if tok.single_roles else ["<eot>", "<eoc>"]
+            rounds = [tok.marker(name)[0] for name in names]
+        self._choices: dict[int, tuple[Wrote, list[int]]] = {}
+        if until == "results":
+            self._choices[tok.marker("<|Inner Thoughts|>")[0]] = ("round", rounds)
+            reply: tuple[Wrote, list[int]] = ("reply", end) if options.quality is None else ("choice", [])
+            self._choices[tok.marker("<|MOSS|>")[0]] = reply
+        starts: dict[Until, tuple[Wrote, list[int]]] = {
+            "thoughts": ("round", rounds), "results": ("choice", []), "reply": ("reply", end)
+        }  # fmt: skip
+        self.wrote: Wrote
+        self.wrote, self._next = starts[until]
+        inner = {id for id, (_, rest) in self._choices.items() if rest} | set(rounds[:-1] if until != "reply" else ())
+        self.stops = tok.control_ids - inner
+        self.ended = self.left = False
+
+    def follow(self, id: int) -> bool:
+        """Take the next id; False when it does not belong here, and the pass is over without an end."""
+        if id in self._choices:
+            self.wrote, self._next = self._choices[id]
+            self._choices = {}
+        elif self._next and id == self._next[0]:
+            self._next = self._next[1:]
+        elif self._choices or id in self._control:
+            self.left = True
+            return False
+        else:
+            return True
+        self.ended = not self._next
+        return True

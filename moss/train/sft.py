@@ -1,0 +1,94 @@
+"""`moss train sft`: supervised fine-tuning on conversations.
+
+    moss train sft --model runs/mine/base --data dialogs.jsonl --out runs/mine/sft --length 512
+
+Reads conversations in the released MOSS JSON, OpenAI or ShareGPT form. Under the loss `assistant` the model learns
+what it has to write itself: thoughts, commands, reply and their end markers; under `paper` everything but the meta
+instruction and the contents of Results. A conversation longer than `--length` is cut at whole turns; one whose first
+turn does not fit is dropped and counted. A run begins with a table of what is learnt in each section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.table import Table
+
+from moss.config import option
+from moss.data import dialogs
+from moss.data.pack import Packed, Rows
+from moss.data.rows import by_section, check_files, of_dialogs
+from moss.log import console, note
+from moss.tokenizer import Tokenizer
+from moss.train import launch
+from moss.train.loss import next_token
+from moss.weights import load_model
+
+
+@dataclass(frozen=True)
+class SFT(launch.Settings):
+    """Fine-tune a language model on conversations."""
+
+    out: Path = Path("runs/sft")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
+    model: Path = option(Path("runs/pretrain"))  # folder of the model to start from, with its tokenizer
+    loss: Literal["assistant", "paper"] = "assistant"  # what is learnt
+    optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the blocks
+
+
+def main(config: SFT) -> int:
+    """Render, show what is learnt, train."""
+    launch.check(config)
+    check_files(config.data, "--data")
+    if config.valid:
+        check_files(config.valid, "--valid")
+    with launch.opened(config) as (start, stop):
+        source = start or config.model
+        tokenizer = Tokenizer.load(source)
+        model = load_model(source)
+        launch.check_fit(tokenizer, model, config.length, source)
+        data = read(config.data, tokenizer, config)
+        valid = read(config.valid, tokenizer, config) if config.valid else None
+        console.print(sections(data.rows, tokenizer))
+        return launch.train(
+            "sft",
+            config,
+            model,
+            tokenizer,
+            data,
+            next_token,
+            muon=config.optimizer == "muon",
+            start=start,
+            stop=stop,
+            valid=valid,
+        )
+
+
+def read(paths: Sequence[Path], tokenizer: Tokenizer, config: SFT) -> Packed:
+    """Conversations as packed rows."""
+    names = ", ".join(map(str, paths))
+    note(f"reading {names}")
+    found = (dialog for path in paths for dialog in dialogs.read(path))
+    rows, dropped = of_dialogs(found, tokenizer, config.loss, config.length)
+    if not len(rows) and not dropped:
+        raise ValueError(f"{names}: there is no conversation")
+    if not len(rows):
+        raise ValueError(
+            f"{names}: of {dropped} conversations not one has a first turn within --length {config.length}"
+        )
+    note(f"{len(rows):,} conversations; {dropped:,} dropped, since not even the first turn fits {config.length} tokens")
+    return Packed(rows, config.length, config.seed, tokenizer.pad)
+
+
+def sections(rows: Rows, tokenizer: Tokenizer) -> Table:
+    """What is learnt, section by section."""
+    table = Table(title="learnt tokens")
+    for column in ("section", "tokens", "learnt", "share of the loss"):
+        table.add_column(column, justify="left" if column == "section" else "right")
+    counts = by_section(rows, tokenizer)
+    whole = sum(learnt for _, learnt in counts.values())
+    for name, (tokens, learnt) in counts.items():
+        table.add_row(name, f"{tokens:,}", f"{learnt:,}", f"{learnt / whole:.1%}")
+    return table

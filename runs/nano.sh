@@ -1,0 +1,120 @@
+#!/usr/bin/env bash
+# A nano model from nothing: material, tokenizer, pre-training, fine-tuning, evaluation; about 15 minutes on two cores.
+#
+#   runs/nano.sh                             a nano in out/nano/model
+#   runs/nano.sh --scale 0.05 --out out/ci   the same road with a twentieth of the steps, to see that it works
+#   runs/nano.sh --bundle                    the bundled model: more steps, written to moss/models/nano at the end
+#
+# It can be stopped and started again at any time: finished stages are skipped, an interrupted one goes on where it was.
+set -euo pipefail
+
+usage() {
+  sed -n '2,8s/^# \{0,1\}//p' "$0"
+  echo "options: --scale X (0.05)  --out DIR (out/nano, from the project's root)  --seed N (0)  --bundle"
+}
+fail() {
+  echo "nano.sh: $1" >&2
+  exit "${2:-1}"
+}
+
+SCALE=1 OUT="" SEED=0 BUNDLE=""
+while [ $# -gt 0 ]; do
+  case $1 in
+    --scale) SCALE=${2:?--scale needs a number} && shift 2 ;;
+    --out) OUT=${2:?--out needs a folder} && shift 2 ;;
+    --seed) SEED=${2:?--seed needs a number} && shift 2 ;;
+    --bundle) BUNDLE=yes && shift ;;
+    -h | --help) usage && exit 0 ;;
+    *) fail "unknown option $1; see runs/nano.sh --help" 2 ;;
+  esac
+done
+[[ $SCALE =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ ]] || fail "--scale $SCALE is not a number such as 0.05" 2
+[[ $SEED =~ ^[0-9]+$ ]] || fail "--seed $SEED is not a whole number" 2
+
+# The settings, all in one place. A step is 8,192 tokens; rows of material are made for about one pass over them.
+DEPTH=4
+VOCAB=2048
+if [ -n "$BUNDLE" ]; then
+  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=400 SFT_STEPS=3000
+else
+  OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=450
+fi
+QUESTIONS=100
+
+cd "$(dirname "$0")/.."
+[ -x .venv/bin/python ] || make .venv/.core
+moss() { .venv/bin/python -m moss "$@"; }
+scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n = int(n * s + 0.5); print n < least ? least : n }'; }
+
+PRETRAIN_STEPS=$(scaled $PRETRAIN_STEPS 5)
+SFT_STEPS=$(scaled $SFT_STEPS 10)
+QUESTIONS=$(scaled $QUESTIONS 4)
+DOCUMENTS=$((PRETRAIN_STEPS * 130 + 500))
+DIALOGS=$((SFT_STEPS * 28 + 200))
+
+# One folder holds one run: material of other settings must not be mixed in.
+SETTINGS="depth=$DEPTH vocab=$VOCAB pretrain=$PRETRAIN_STEPS sft=$SFT_STEPS seed=$SEED"
+mkdir -p "$OUT"
+[ -e "$OUT/settings" ] || echo "$SETTINGS" > "$OUT/settings"
+[ "$(cat "$OUT/settings")" = "$SETTINGS" ] || fail "$OUT was made with $(cat "$OUT/settings"), not $SETTINGS; choose another --out"
+
+STARTED=$SECONDS
+# stage NAME RESULT COMMAND...: run the command unless its result is there already, and insist that it is there after.
+stage() {
+  local name=$1 result=$2 began=$SECONDS
+  shift 2
+  if [ -e "$result" ]; then
+    echo "== $name: done before ($result)"
+    return
+  fi
+  echo "== $name"
+  "$@"
+  [ -e "$result" ] || fail "stopped in $name; the same command goes on from there" 130
+  echo "== $name: $((SECONDS - began)) s, $((SECONDS - STARTED)) s in all"
+}
+
+stage "plain text ($DOCUMENTS documents)" "$OUT/text.jsonl" \
+  moss data curriculum --kind text --n "$DOCUMENTS" --seed "$SEED" -o "$OUT/text.jsonl"
+
+stage "conversations ($DIALOGS)" "$OUT/dialogs.jsonl" \
+  moss data curriculum --kind dialogs --n "$DIALOGS" --seed "$SEED" -o "$OUT/dialogs.jsonl"
+
+stage "tokenizer ($VOCAB ids)" "$OUT/tokenizer/tokenizer.json" \
+  moss train tokenizer --data "$OUT/text.jsonl" "$OUT/dialogs.jsonl" --vocab-size "$VOCAB" --out "$OUT/tokenizer"
+
+stage "pre-training ($PRETRAIN_STEPS steps)" "$OUT/base/moss.json" \
+  moss train pretrain --data "$OUT/text.jsonl" --tokenizer "$OUT/tokenizer" --depth "$DEPTH" --length 256 \
+  --steps "$PRETRAIN_STEPS" --save-every 50 --seed "$SEED" --out "$OUT/base" --resume
+
+stage "fine-tuning ($SFT_STEPS steps)" "$OUT/sft/moss.json" \
+  moss train sft --model "$OUT/base" --data "$OUT/dialogs.jsonl" --length 512 \
+  --steps "$SFT_STEPS" --save-every 50 --seed "$SEED" --out "$OUT/sft" --resume
+
+# The finished model in 16 bits, half the size, with its tokenizer and the record of how it was made.
+halve() {
+  .venv/bin/python - "$OUT/sft" "$OUT/model" << 'PYTHON'
+import shutil, sys
+from pathlib import Path
+import torch
+from moss import Tokenizer, load_model, save_model
+
+source, target = map(Path, sys.argv[1:])
+part = target.with_name(target.name + ".part")
+shutil.rmtree(part, ignore_errors=True)
+save_model(load_model(source, dtype=torch.bfloat16), part)
+Tokenizer.load(source).save(part)
+shutil.copy(source / "moss.json", part)
+part.rename(target)
+PYTHON
+}
+stage "16-bit weights" "$OUT/model" halve
+
+stage "evaluation ($QUESTIONS questions a set)" "$OUT/eval.json" \
+  moss eval tools --model "$OUT/model" --n "$QUESTIONS" --seed "$SEED" -o "$OUT/eval.json" --records "$OUT/answers.jsonl"
+
+if [ -n "$BUNDLE" ]; then
+  mkdir -p moss/models/nano
+  cp "$OUT"/model/* moss/models/nano/
+  echo "bundled: $(du -ch moss/models/nano/* | tail -n 1 | cut -f 1) in moss/models/nano"
+fi
+echo "done in $((SECONDS - STARTED)) s: moss chat --model $OUT/model"

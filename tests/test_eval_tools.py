@@ -1,0 +1,205 @@
+"""`moss eval tools`: judging by hand-made cases, intervals by published numbers, and the whole command on a toy."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from moss.chat import SWITCHES, Dialog, Round, Turn
+from moss.data.talk import REFUSAL_MARKS
+from moss.evals import tool_cases, tool_use
+from moss.evals.tool_cases import HAND_WRITTEN, Case
+from moss.evals.tool_use import METRICS, EvalTools, Seen, ask, holds, judge, last_number, meets, tally, wilson
+from moss.tokenizer import Tokenizer, train
+from moss.weights import save_model
+from tests.fakes import ScriptedEngine, toy_model
+
+ONE = Round("add", 'Calculate("1+1")', 'Calculate("1+1") => 2')
+
+
+def case(name: str = "calculator", *, lang: str = "en", off: str = "search", **values: object) -> Case:
+    switches = {key: key != off for key in ("thoughts", *SWITCHES)}
+    return Case(name, lang, Dialog("m", switches, [Turn("q")]), **values)  # type: ignore[arg-type]
+
+
+def seen(*rounds: Round, reply: str = "", **values: object) -> Seen:
+    return Seen(Turn("q", list(rounds), reply), **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tok() -> Tokenizer:
+    return train(["add 1+1 and solve x = 1 你好"] * 3, 300)
+
+
+@pytest.fixture
+def data_folder() -> Path:
+    """The folder with real data; without it these tests cannot run."""
+    if "MOSS_TEST_DATA" not in os.environ:
+        pytest.skip("set MOSS_TEST_DATA to the folder with real data")
+    return Path(os.environ["MOSS_TEST_DATA"])
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson(hits: int, n: int, low: float, high: float) -> None:
+    """Published values (Newcombe 1998, table I, for 81/263): a wrong formula is off in the third digit."""
+    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_holds_whole_numbers() -> None:
+    """`63` in `1630` would count wrong answers as right."""
+    assert holds("It is 63.", "63") and holds("共63元", "63") and holds("1,234,567 in all", "1234567")
+    assert holds("10-63", "63") and holds("is −5", "-5") and holds("63", "63") and holds("x = 2, y = 3", "y = 3")
+    for reply in ("1630", "163", "63.5", "0.63", "-63", "is -63", "630"):
+        assert not holds(reply, "63"), reply
+    assert not holds("-5.5", "-5")
+
+
+def test_last_number() -> None:
+    """The final number of a worked answer is its last one, with thousands separators."""
+    assert last_number("3 + 4 makes 7, so $1,200.50.") == 1200.5
+    assert last_number("none") is None
+
+
+def test_arguments_must_match_in_every_round() -> None:
+    """A right first call with a wrong second one is wrong; blanks and empty rounds do not matter."""
+    two = Round("more", 'Calculate("2*3")', "x")
+    expected = case(commands=('Calculate("1+1")', 'Calculate("2*3")'))
+    exact = METRICS["arguments exact"]
+    assert exact(expected, seen(ONE, two)) and exact(expected, seen(ONE, Round(), two))
+    assert not exact(expected, seen(ONE)) and not exact(expected, seen(two, ONE))
+    assert not exact(case(commands=('Calculate("1+1")',)), seen(ONE, two))
+    assert exact(case(commands=("None",)), seen(Round()))
+
+
+def test_right_tool_means_these_and_no_others() -> None:
+    """A model that calls everything must not pass."""
+    both = Round("x", 'Calculate("1"), Solve("x=1")')
+    right = METRICS["right tool"]
+    assert right(case(tools=("Calculate",)), seen(ONE))
+    assert not right(case(tools=("Calculate",)), seen(both)) and not right(case(tools=("Solve",)), seen(ONE))
+    assert right(case(tools=()), seen(Round())) and not right(case(tools=()), seen(ONE))
+
+
+def test_calls_to_what_is_off_count_raw() -> None:
+    """The raw rate is what the model writes, executed or not; other tools do not count."""
+    raw, ran = METRICS["called one that is off"], METRICS["executed one that is off"]
+    assert raw(case(off="calculator"), seen(ONE)) and not raw(case(off="solver"), seen(ONE))
+    assert not ran(case(off="calculator"), seen(ONE)) and ran(case(off="calculator"), seen(ONE, ran=["Calculate"]))
+
+
+def test_refusals_are_told_by_their_marks() -> None:
+    """Both languages have marks, and an ordinary reply holds none."""
+    for marks in REFUSAL_MARKS.values():
+        assert marks and all(METRICS["refused"](case("harmful"), seen(reply=f"Sorry, {mark} this")) for mark in marks)
+    assert not METRICS["refused"](case("harmful"), seen(reply="Sure, here is how."))
+
+
+def test_honest_sets_judge_answers_only_where_known() -> None:
+    """A question without a known answer must not count as answered right."""
+    assert "answer right" not in judge(case("hand calculator", tools=("Calculate",)), seen(ONE))
+    verdicts = judge(case("gsm8k", tools=("Calculate",), number=72.0), seen(ONE, reply="She sold 72 clips."))
+    assert verdicts["answer right"] and not verdicts["call without error"]  # nothing ran
+
+
+def test_tally_by_set_language_and_all() -> None:
+    """Rates must not mix sets or languages; the last rows hold all of them together."""
+    cases = [case("identity"), case("identity"), case("identity", lang="zh"), case("chat")]
+    replies = ["I am MOSS", "I am Bob", "我是MOSS", "hi"]
+    rows = tally([(c, judge(c, seen(reply=r))) for c, r in zip(cases, replies)])
+    found = {(r["set"], r["metric"], r["lang"]): (r["hits"], r["n"]) for r in rows}
+    assert found["identity", "says who it is", "en"] == (1, 2) and found["identity", "says who it is", "zh"] == (1, 1)
+    assert found["chat", "called a tool", "en"] == (0, 1)
+    assert found["all sets", "called one that is off", "en"] == (0, 3)
+
+
+def test_targets() -> None:
+    """At the border a target is met, in both directions."""
+    assert meets(">=0.97", 0.97) and not meets(">=0.97", 0.96) and meets("<=0", 0.0) and not meets("<=0.02", 0.03)
+
+
+def test_ask_counts_what_really_ran(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executed calls are counted at the tool itself, and a tool's failure is seen."""
+    monkeypatch.setenv("MOSS_SANDBOX", "inline")
+    eot, commands, eoc, moss, eom = (tok.marker(m) for m in ("<eot>", "<|Commands|>", "<eoc>", "<|MOSS|>", "<eom>"))
+    line = tok.encode(': Calculate("1+1"), Calculate("1/0"), Search("x")')
+    script = [*tok.encode(" x"), *eot, *commands, *line, *eoc], [*moss, *tok.encode(": 2"), *eom]
+    engine = ScriptedEngine(script)
+    got = ask(case(off="search"), engine, tok, threading.Semaphore(1), 100)  # type: ignore[arg-type]
+    assert sorted(got.ran) == ["Calculate", "Calculate"] and got.turn.reply == "2" and len(got.errors) == 2
+    assert got.called == {"Calculate", "Search"} and got.tokens == sum(map(len, script))
+    assert engine.samplings[0].temperature == 0
+
+
+def test_scripted_sets_know_their_answers() -> None:
+    """Every case must expect what its kind says: calls where tools are on, none where they are off."""
+    for name, tools in (("calculator", ("Calculate",)), ("solver:held_out", ("Solve",)), ("calculator_off", ())):
+        cases = tool_cases.scripted(name, "en", 3, 0)
+        assert len(cases) == 3 and all(c.tools == tools and c.set == name for c in cases)
+        assert name == "solver:held_out" or all(("Calculate" in tool_use.off_names(c)) == (not tools) for c in cases)
+
+
+@pytest.mark.parametrize("name", tool_cases.SCRIPTED)
+def test_the_script_itself_is_perfect(name: str) -> None:
+    """Judging the teacher's own turns must find no fault, or the material and the judge disagree about right."""
+    bad_when_true = ("called", "executed", *(["refused"] if name.startswith("lookalike") else []))
+    for lang in ("en", "zh"):
+        cases = tool_cases.scripted(name, lang, 20, 5)
+        assert cases
+        for c in cases:
+            for metric, verdict in judge(c, Seen(c.dialog.turns[-1])).items():
+                assert verdict != metric.startswith(bad_when_true), (metric, c.question, c.dialog.turns[-1])
+
+
+def test_hand_written_file(tmp_path: Path) -> None:
+    """The bundled file holds at least 60 questions a language that need a tool, and a bad row is named."""
+    cases = tool_cases.hand_written(HAND_WRITTEN)
+    for lang in ("en", "zh"):
+        assert sum(c.lang == lang and bool(c.tools) and bool(c.answer) for c in cases) >= 60
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"question": "1+1", "lang": "en", "kind": "sums"}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl line 1"):
+        tool_cases.hand_written(bad)
+
+
+def test_real_data(data_folder: Path) -> None:
+    """The released sample and GSM8K are read as they are: questions without markers, final numbers."""
+    cases = tool_cases.released(data_folder)
+    assert sum(c.tools == ("Solve",) for c in cases) > 40 and sum(c.tools == ("Calculate",) for c in cases) > 40
+    assert not any("<eoh>" in c.question or "<|" in c.question for c in cases)
+    problems = tool_cases.gsm8k(data_folder)
+    assert len(problems) == 200 and problems[0].number == 72
+
+
+def test_unknown_set_is_named() -> None:
+    """A typing mistake must not silently measure nothing."""
+    with pytest.raises(ValueError, match="'calculatr'"):
+        tool_use.collect(EvalTools(sets="calculatr"))
+    with pytest.raises(ValueError, match="--data"):
+        tool_use.collect(EvalTools(sets="gsm8k"))
+
+
+def test_whole_command(tmp_path: Path, tok: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    """An untrained model goes through every step: table, JSON and records agree and hold every question."""
+    save_model(toy_model(vocab_size=tok.vocab_size, max_length=1024), tmp_path / "model")
+    tok.save(tmp_path / "model")
+    out, records = tmp_path / "out.json", tmp_path / "records.jsonl"
+    config = EvalTools(str(tmp_path / "model"), n=3, sets="calculator,chat", max_tokens=10, batch=4)
+    assert tool_use.main(replace(config, output=out, records=records)) == 0
+    report = json.loads(out.read_text())
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    assert len(lines) == 12 and {line["set"] for line in lines} == {"calculator", "chat"}
+    rows = {(r["set"], r["metric"], r["lang"]): r for r in report["rows"]}
+    for lang in ("en", "zh"):
+        mine = [line for line in lines if (line["set"], line["lang"]) == ("calculator", lang)]
+        right = [line["verdicts"]["arguments exact"] for line in mine]
+        row = rows["calculator", "arguments exact", lang]
+        assert (row["hits"], row["n"]) == (sum(right), 3)
+    assert "arguments exact" in capsys.readouterr().out

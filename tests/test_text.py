@@ -1,0 +1,121 @@
+"""Tests of the plain documents for pre-training: reproducible, true, in the right language, and read from files."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import islice
+from random import Random
+
+import pytest
+
+from moss.data import text
+from moss.data.talk import LANGS
+from moss.data.text import documents, in_words, read_text
+
+CJK = re.compile(r"[一-鿿]")
+
+
+@pytest.mark.parametrize(
+    ("number", "english", "chinese"),
+    [
+        (0, "zero", "零"),
+        (12, "twelve", "十二"),
+        (20, "twenty", "二十"),
+        (42, "forty-two", "四十二"),
+        (105, "one hundred and five", "一百零五"),
+        (110, "one hundred and ten", "一百一十"),
+        (342, "three hundred and forty-two", "三百四十二"),
+        (1000, "one thousand", "一千"),
+        (1005, "one thousand and five", "一千零五"),
+        (1010, "one thousand and ten", "一千零一十"),
+        (7300, "seven thousand three hundred", "七千三百"),
+        (9999, "nine thousand nine hundred and ninety-nine", "九千九百九十九"),
+    ],
+)
+def test_numbers_in_words(number, english, chinese):
+    """Prevents wrong number words, the zeros of Chinese above all."""
+    assert (in_words(number, "en"), in_words(number, "zh")) == (english, chinese)
+
+
+def test_numbers_without_words_are_refused():
+    """Prevents a silent wrong word for numbers beyond the table."""
+    with pytest.raises(ValueError, match="10000"):
+        in_words(10000, "en")
+
+
+def test_documents_follow_from_seed_and_position():
+    """Prevents documents that change with the order or number of those drawn before."""
+    first = list(islice(documents(7), 60))
+    assert first == list(islice(documents(7), 60))
+    assert first != list(islice(documents(8), 60))
+    assert first[0::2] == list(islice(documents(7, "en"), 60))[0::2]
+    assert first[1::2] == list(islice(documents(7, "zh"), 60))[1::2]
+
+
+@pytest.mark.parametrize("lang", LANGS)
+def test_documents_are_filled_short_and_varied(lang):
+    """Prevents open slots, empty or endless documents and a stream that repeats itself."""
+    drawn = list(islice(documents(1, lang), 3000))
+    assert len(set(drawn)) > 2900
+    for document in drawn:
+        assert document.strip() == document and 5 < len(document) < 900, document
+        assert not re.search(r"[{}]", document), document
+    share = sum(bool(CJK.search(document)) for document in drawn) / len(drawn)
+    assert share < 0.06 if lang == "en" else share > 0.8
+
+
+def test_an_unknown_language_is_named():
+    """Prevents a typing error from giving documents in both languages."""
+    with pytest.raises(ValueError, match="'fr'"):
+        next(documents(1, "fr"))
+
+
+def test_statements_with_an_equals_sign_are_true():
+    """Prevents false sums: each `a+b=c` of the document kind with computed values is checked by hand arithmetic."""
+    sign = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b, "/": lambda a, b: a // b}
+    checked = 0
+    for i in range(400):
+        for a, op, b, c in re.findall(r"(\d+)([-+*/])(\d+)=(\d+)", text._sums(Random(i), LANGS[i % 2])):
+            assert sign[op](int(a), int(b)) == int(c) and (op != "/" or int(a) % int(b) == 0)
+            checked += 1
+    assert checked > 800
+
+
+def test_symbols_hold_the_numbers_of_the_words():
+    """Prevents a drill of copying that drops or changes a number on the way to the symbols."""
+    lines = text.material("text")["symbols"]
+    for lang in LANGS:
+        told = lines[lang]["lines"]
+        assert len(told) % 2 == 0
+        for words, symbols in zip(told[::2], told[1::2], strict=True):
+            assert set(re.findall(r"\{\w\}", words)) == set(re.findall(r"\{\w\}", symbols)), words
+
+
+def test_reading_text_and_json_lines(tmp_path):
+    """Prevents lost or joined documents, and a broken line without its place."""
+    (tmp_path / "a.txt").write_text("One.\n二。\n", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
+    rows = [{"text": "first\u2028still first"}, {"text": "第二"}]
+    (tmp_path / "b.jsonl").write_text(
+        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8"
+    )
+    paths = [tmp_path / name for name in ("a.txt", "empty.txt", "b.jsonl")]
+    assert list(read_text(paths)) == ["One.\n二。\n", "first\u2028still first", "第二"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"), [("{", r"bad.jsonl:2 is not JSON"), ('{"body": 1}', r"bad.jsonl:2 has no string")]
+)
+def test_bad_lines_are_named_with_their_place(tmp_path, line, message):
+    """Prevents a traceback without file and line for a broken row."""
+    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n' + line + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        list(read_text([tmp_path / "bad.jsonl"]))
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path):
+    """Prevents a decoding traceback that does not say which file."""
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):
+        list(read_text([tmp_path / "latin.txt"]))

@@ -1,0 +1,355 @@
+"""The stages from end to end on a toy: tokenizer, pre-training, fine-tuning, stopping, going on, and bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moss import checkpoint
+from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn, render
+from moss.data.dialogs import to_row
+from moss.data.pack import Rows
+from moss.data.rows import by_section, of_dialogs
+from moss.log import read as read_log
+from moss.model import Decoder, ModelConfig
+from moss.tokenizer import Tokenizer
+from moss.train import launch, loop, pretrain, sft
+from moss.train import tokenizer as tokenizer_stage
+from moss.weights import load_model
+
+ROOT = Path(__file__).parent.parent
+
+
+def dialog(number: int, *, reply: bool = True) -> Dialog:
+    """A small conversation; each number makes another one."""
+    expression = f"{number}+{number % 7}"
+    used = Round("add", f'Calculate("{expression}")', f'Calculate("{expression}") => {number + number % 7}')
+    switches = {key: key == "calculator" for key in SWITCHES} | {"thoughts": True}
+    turns = [Turn(f"What is {expression}?", [used], f"It is {number + number % 7}.")]
+    if number % 3 == 0:
+        turns.append(Turn("Thanks!", [], "好的。"))
+    if not reply:
+        turns = [Turn("Hello", [Round("", "", "")], "")]
+    return Dialog("Be MOSS.", switches, turns)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with text, conversations, a tokenizer and a pre-trained toy."""
+    folder = tmp_path_factory.mktemp("stages")
+    text = [{"text": f"{a} plus {b} is {a + b}. {a}加{b}等于{a + b}。"} for a in range(12) for b in range(12)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in text))
+    rows = [to_row(dialog(number), "moss") for number in range(40)]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    both = [folder / "text.jsonl", folder / "chat.jsonl"]
+    assert tokenizer_stage.main(tokenizer_stage.TrainTokenizer(data=both, vocab_size=500, out=folder / "tok")) == 0
+    assert pretrain.main(base_config(folder, out=folder / "base", steps=6)) == 0
+    return folder
+
+
+def base_config(folder: Path, **more: Any) -> pretrain.Pretrain:
+    values: dict[str, Any] = {
+        "data": [folder / "text.jsonl"],
+        "tokenizer": folder / "tok",
+        "depth": 1,
+        "batch_tokens": 512,
+        "length": 64,
+        "compile": "off",
+        "dtype": "float32",
+        "warmup": 2,
+        "max_length": 512,
+    }
+    return pretrain.Pretrain(**(values | more))
+
+
+def sft_config(folder: Path, **more: Any) -> sft.SFT:
+    values: dict[str, Any] = {
+        "data": [folder / "chat.jsonl"],
+        "model": folder / "base",
+        "batch_tokens": 1024,
+        "length": 256,
+        "compile": "off",
+        "dtype": "float32",
+        "warmup": 2,
+    }
+    return sft.SFT(**(values | more))
+
+
+def figures(folder: Path) -> list[tuple[Any, ...]]:
+    """What the log says of each step, but how long it took."""
+    names = ("step", "loss", "grad_norm", "lr", "tokens", "learnt", "position")
+    return [tuple(line[name] for name in names) for line in read_log(folder / "log.jsonl") if "loss" in line]
+
+
+def test_the_stages_leave_models_that_learnt(made: Path, tmp_path: Path) -> None:
+    """Prevents a stage that runs and learns nothing, or whose result the next one cannot load."""
+    assert sft.main(sft_config(made, out=tmp_path / "sft", steps=12, valid=[made / "chat.jsonl"])) == 0
+    losses = [line[1] for line in figures(tmp_path / "sft")]
+    assert losses[-1] < 0.7 * losses[0]
+    valid = [line["valid"]["loss"] for line in read_log(tmp_path / "sft" / "log.jsonl") if "valid" in line]
+    assert len(valid) == 1 and abs(valid[0] - losses[-1]) < 1.0
+    model = load_model(tmp_path / "sft")
+    tok = Tokenizer.load(tmp_path / "sft")
+    info = checkpoint.read_info(tmp_path / "sft")
+    assert info["stage"] == "sft" and info["tokenizer_sha256"] == tok.sha256 and info["loop"]["step"] == 12
+    assert model.config.vocab_size == tok.vocab_size
+    assert (tmp_path / "sft" / "step-000012").is_dir()
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resumed_is_unbroken(
+    stage: str, dtype: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents any state left out of the checkpoint: 8 steps and 4 + 4 give equal weights, optimizers and logs, bit for
+    bit, across the end of an epoch and with validation in between."""
+    run: Any = {"pretrain": pretrain.main, "sft": sft.main}[stage]
+    make: Any = {"pretrain": base_config, "sft": sft_config}[stage]
+    valid = [made / ("text.jsonl" if stage == "pretrain" else "chat.jsonl")]
+    config = make(made, steps=8, dtype=dtype, out=tmp_path / "unbroken")
+    assert run(config) == 0
+    broken = dataclasses.replace(config, out=tmp_path / "broken", save_every=3, valid=valid, valid_every=2)
+    with monkeypatch.context() as patch:
+        original = loop.judge
+
+        def stop_after_four(state: loop.State, loss: float, norm: float) -> str:
+            if state.step == 4:
+                signal.raise_signal(signal.SIGTERM)
+            return original(state, loss, norm)
+
+        patch.setattr(loop, "judge", stop_after_four)
+        assert run(broken) == 0
+    assert [step for step, _ in checkpoint.steps(tmp_path / "broken")] == [4, 3]
+    assert not (tmp_path / "broken" / "moss.json").exists()
+    torch.manual_seed(99)
+    assert run(dataclasses.replace(broken, resume=True)) == 0
+    assert figures(tmp_path / "broken") == figures(tmp_path / "unbroken")
+    ends = [checkpoint.newest(tmp_path / name, print) for name in ("unbroken", "broken")]
+    assert ends[0] and ends[1] and ends[0].name == ends[1].name == "step-000008"
+    for name in ("model.safetensors",):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    assert (tmp_path / "broken/model.safetensors").read_bytes() == (
+        tmp_path / "unbroken/model.safetensors"
+    ).read_bytes()
+    states = [checkpoint.load(end)[1]["optimizer"] for end in ends if end]
+    assert same(states[0], states[1])
+    assert checkpoint.load(ends[0])[0]["loop"] == checkpoint.load(ends[1])[0]["loop"]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    return a == b
+
+
+def test_resume_is_refused_when_the_run_is_another(made: Path, tmp_path: Path) -> None:
+    """Prevents a run that goes on with other data or settings and calls itself the same."""
+    out = tmp_path / "run"
+    config = base_config(made, steps=2, out=out)
+    assert pretrain.main(config) == 0
+    with pytest.raises(ValueError, match="already holds a run; --resume"):
+        pretrain.main(config)
+    for change, word in (({"seed": 1}, "--seed 0"), ({"lr": 1.0}, "--lr 0.003"), ({"length": 32}, "data has changed")):
+        with pytest.raises(ValueError, match=word):
+            pretrain.main(dataclasses.replace(config, resume=True, steps=4, **change))
+    (tmp_path / "other.jsonl").write_text('{"text": "something else"}\n')
+    with pytest.raises(ValueError, match="data has changed"):
+        pretrain.main(dataclasses.replace(config, resume=True, data=[tmp_path / "other.jsonl"]))
+    assert pretrain.main(dataclasses.replace(config, resume=True)) == 0  # finished already: exported once more
+    assert len(figures(out)) == 2
+
+
+def test_resume_passes_over_a_damaged_checkpoint(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Prevents the end of a run whose newest checkpoint a dying disk has damaged."""
+    config = base_config(made, steps=6, out=tmp_path / "run", save_every=2)
+    assert pretrain.main(config) == 0
+    (tmp_path / "run/step-000006/optimizer/state.pt").write_bytes(b"")
+    assert pretrain.main(dataclasses.replace(config, resume=True)) == 0
+    said = capsys.readouterr().err
+    assert "skipped step-000006: optimizer/state.pt has 0 bytes" in said and "step-000004" in said
+    assert [line[0] for line in figures(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_in_an_empty_folder_starts(made: Path, tmp_path: Path) -> None:
+    """Prevents scripts that need two commands, one to start and one to go on."""
+    assert pretrain.main(base_config(made, steps=1, out=tmp_path / "new", resume=True)) == 0
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals_save_and_exit_zero(name: str, made: Path, tmp_path: Path) -> None:
+    """Prevents lost work when a machine is taken away or Ctrl-C is pressed: the real program and a real signal."""
+    out = tmp_path / "run"
+    words = ["train", "pretrain", "--data", str(made / "text.jsonl"), "--tokenizer", str(made / "tok"), "--depth", "1"]
+    words += ["--steps", "100000", "--batch-tokens", "512", "--length", "64", "--compile", "off", "--out", str(out)]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "moss", *words],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"COLUMNS": "100"},
+    )
+    until = time.monotonic() + 60
+    while time.monotonic() < until and not ((out / "log.jsonl").exists() and figures(out)):
+        time.sleep(0.05)
+    child.send_signal(signal.Signals[name])
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 0 and name in said and "--resume" in said and "Traceback" not in said
+    newest = checkpoint.newest(out, print)
+    assert newest and newest.name == f"step-{figures(out)[-1][0]:06d}"
+    assert not (out / ".lock").exists()
+
+
+CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "no data": ({"data": []}, "no --data; name at least one file"),
+    "missing data": ({"data": [Path("nowhere.jsonl")]}, "--data: nowhere.jsonl is not a file"),
+    "missing validation": ({"valid": [Path("nowhere.jsonl")]}, "--valid: nowhere.jsonl is not a file"),
+    "batch": ({"batch_tokens": 1000}, "--batch-tokens 1000 must be a multiple of --length"),
+    "micro": ({"micro_tokens": 100}, "--micro-tokens 100 must divide"),
+    "rate": ({"lr": 0.0}, "--lr is 0.0; it must be above 0"),
+    "not a number": ({"lr": float("nan")}, "--lr is nan"),
+    "negative": ({"steps": -1}, "--steps is -1; it must be 0 or more"),
+    "decay": ({"decay": 1.5}, "--decay is 1.5"),
+    "device": ({"device": "abacus"}, "--device abacus cannot be used"),
+    "length": ({"length": 1024, "batch_tokens": 1024}, "--length 1024 is more than the model's max_length 512"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+def test_bad_settings_are_one_line_and_leave_nothing(stage: str, case: str, made: Path, tmp_path: Path) -> None:
+    """Prevents tracebacks and half-made folders when a command is wrong."""
+    change, words = CASES[case]
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=words.replace("(", r"\(")) as error:
+        if stage == "pretrain":
+            pretrain.main(base_config(made, **({"out": out, "steps": 1} | change)))
+        else:
+            sft.main(sft_config(made, **({"out": out, "steps": 1} | change)))
+    assert "\n" not in str(error.value) and not out.exists()
+
+
+def test_data_that_cannot_be_used_is_named(made: Path, tmp_path: Path) -> None:
+    """Prevents training on nothing or on rubbish: file and line are named."""
+    bad = tmp_path / "bad.jsonl"
+    for content, words in (
+        ("", "is empty"),
+        ("\n\n", "there is no text"),
+        ('{"text": "a b c"}\n{"text"\n', "line 2 is not JSON"),
+        ('{"words": "a"}\n', "line 1 has no `text`; its keys are words"),
+        ("[1]\n", "line 1 is not a JSON object"),
+    ):
+        bad.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            pretrain.main(base_config(made, out=tmp_path / "run", steps=1, data=[bad]))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match="not UTF-8 text: byte 3"):
+        pretrain.main(base_config(made, out=tmp_path / "run", steps=1, data=[tmp_path / "latin.txt"]))
+    bad.write_text("\n")
+    with pytest.raises(ValueError, match="there is no conversation"):
+        sft.main(sft_config(made, out=tmp_path / "run", steps=1, data=[bad]))
+    with pytest.raises(ValueError, match="of 40 conversations not one has a first turn within --length 16"):
+        sft.main(sft_config(made, out=tmp_path / "run", steps=1, length=16))
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(made: Path, tmp_path: Path) -> None:
+    """Prevents ids beyond the embedding, and a model fed with another vocabulary of the same size."""
+    text = tmp_path / "other.jsonl"
+    text.write_text("".join(json.dumps({"text": word * 3}) + "\n" for word in ("other", "words", "entirely", "new")))
+    stage = tokenizer_stage.TrainTokenizer(data=[text, made / "text.jsonl"], vocab_size=288, out=tmp_path / "tok")
+    assert tokenizer_stage.main(stage) == 0
+    tok = Tokenizer.load(tmp_path / "tok")
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("model.safetensors", "config.json", "moss.json"):
+        (base / name).write_bytes((made / "base" / name).read_bytes())
+    tok.save(base)
+    with pytest.raises(ValueError, match="not the one that its model was trained with"):
+        sft.main(sft_config(made, model=base, out=tmp_path / "run", steps=1))
+    small = Decoder(ModelConfig.from_depth(1, 280, max_length=512))
+    with pytest.raises(ValueError, match="the tokenizer has 288 ids, the model only 280"):
+        launch.check_fit(tok, small, 64)
+    assert not (tmp_path / "run").exists()
+
+
+def test_rows_that_do_not_fit_are_dropped_and_counted(made: Path) -> None:
+    """Prevents silent loss: whole turns are cut, a row without a turn that fits is counted, and order is kept."""
+    tok = Tokenizer.load(made / "tok")
+    dialogs = [dialog(number) for number in range(30)]
+    whole = [len(render(each, tok)[0]) for each in dialogs]
+    first = [len(render(Dialog(d.meta, d.switches, d.turns[:1]), tok)[0]) for d in dialogs]
+    length = sorted(set(first))[-2]
+    rows, dropped = of_dialogs(dialogs, tok, "assistant", length)
+    want = [w if w <= length else f for w, f in zip(whole, first) if f <= length]
+    assert rows.lengths.tolist() == want and dropped == sum(f > length for f in first) and 0 < dropped < 30
+
+
+def test_many_conversations_are_rendered_apart_alike(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents processes that render differently, or in another order, than one does alone."""
+    tok = Tokenizer.load(made / "tok")
+    dialogs = [dialog(number) for number in range(50)]
+    alone, dropped = of_dialogs(dialogs, tok, "paper", 180)
+    monkeypatch.setattr("moss.data.rows.CHUNK", 8)
+    monkeypatch.setattr("moss.data.rows.ALONE", 16)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    apart, dropped_apart = of_dialogs(dialogs, tok, "paper", 180)
+    assert apart.sha256() == alone.sha256() and dropped_apart == dropped
+
+
+def test_a_row_without_anything_to_learn_is_an_error(made: Path) -> None:
+    """Prevents rows that cost time and teach nothing, which no loss curve would show."""
+    tok = Tokenizer.load(made / "tok")
+    blank = Dialog("Be MOSS.", {}, [])
+    with pytest.raises(ValueError, match="conversation 3: "):
+        of_dialogs([dialog(1), dialog(2), blank, dialog(3)], tok, "assistant", 256)
+
+
+def test_learnt_tokens_by_section(made: Path) -> None:
+    """Prevents a table that counts wrongly: here from one row whose sections are encoded one by one."""
+    tok = Tokenizer.load(made / "tok")
+    rows, _ = of_dialogs([dialog(5)], tok, "assistant", 400)
+    counts = by_section(rows, tok)
+    turn = dialog(5).turns[0]
+    # after an opening marker and ": ", the text; learnt with its end marker (and the opening, as `render` says)
+    for section, text, end in (
+        ("thoughts", turn.rounds[0].thoughts, "<eot>"),
+        ("commands", turn.rounds[0].commands, "<eoc>"),
+        ("reply", turn.reply, "<eom>"),
+    ):
+        learnt = len(tok.encode(" " + text)) + len(tok.marker(end))
+        assert learnt <= counts[section][1] <= learnt + 4, section
+    assert counts["human"][1] == counts["results"][1] == 0
+    assert sum(tokens for tokens, _ in counts.values()) == len(rows.ids)
+    assert sum(learnt for _, learnt in counts.values()) == rows.mask.sum()
+    plain = Rows.of([([*tok.encode("one"), tok.eos], [1] * (len(tok.encode("one")) + 1)), ([20, tok.eos], [1, 1])])
+    assert by_section(plain, tok) == {"text": (len(plain.ids), len(plain.ids))}
+
+
+def test_stages_share_one_set_of_flags() -> None:
+    """Prevents a stage that outgrows 25 fields, or one that silently lacks what all stages have."""
+    shared = {field.name for field in dataclasses.fields(launch.Settings)}
+    for stage in (pretrain.Pretrain, sft.SFT):
+        names = [field.name for field in dataclasses.fields(stage)]
+        assert shared <= set(names) and len(names) <= 25
+
+
+def test_the_meta_instruction_is_not_learnt_by_default(made: Path) -> None:
+    """Prevents a loss that spends itself on text that is always the same."""
+    tok = Tokenizer.load(made / "tok")
+    rows, _ = of_dialogs([dataclasses.replace(dialog(1), meta=META_INSTRUCTION)], tok, "paper", 600)
+    start = rows.ids.tolist().index(tok.marker("<|Human|>")[0])
+    assert start > 20 and not rows.mask[:start].any()
