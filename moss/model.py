@@ -49,6 +49,11 @@ SCALINGS: dict[str, tuple[set[str], set[str]]] = {
 }
 
 
+def _is_number(value: object) -> bool:
+    """A positive number that float32 can hold and that some model might mean."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e12
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """All that shapes a model. A 0 in a size means: derive it (see `__post_init__`)."""
@@ -96,11 +101,13 @@ class ModelConfig:
             raise ValueError(f"model config: rotary_dim {self.rotary_dim} must be even and at most {self.head_dim=}")
         for name in ("rope_base", "norm_eps"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not _is_number(value):
                 raise ValueError(f"model config: {name} is {value!r}, it must be a positive number")
         for name in ("tie_embeddings", "qkv_bias", "qk_norm"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"model config: {name} is {getattr(self, name)!r}, it must be true or false")
+        if self.rope_base <= 1:
+            raise ValueError(f"model config: rope_base is {self.rope_base}, it must be above 1")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling)
         if self.family == "moss":
@@ -159,7 +166,7 @@ class Cache(Protocol):
 def check_scaling(scaling: dict[str, Any]) -> None:
     """Refuse a rotary scaling that `rotary_frequencies` would misread."""
     kind = scaling.get("rope_type")
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ValueError(f"rope_scaling: rope_type is {kind!r}, known are {sorted(SCALINGS)}")
     needed, optional = SCALINGS[kind]
     keys = set(scaling) - {"rope_type"}
@@ -168,8 +175,8 @@ def check_scaling(scaling: dict[str, Any]) -> None:
             f"rope_scaling {kind} has {sorted(keys)}; needed: {sorted(needed)}, optional: {sorted(optional)}"
         )
     for key, value in scaling.items():
-        number = isinstance(value, int | float) and 0 < value < math.inf
-        if key not in ("rope_type", "truncate") and not (number or (value is None and key in optional)):
+        allowed = _is_number(value) or (value is None and key in optional)
+        if key not in ("rope_type", "truncate") and not allowed:
             raise ValueError(f"rope_scaling {kind}: {key} is {value!r}, it must be a positive number")
     if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise ValueError(f"rope_scaling llama3: low_freq_factor must be below high_freq_factor, got {scaling}")
@@ -339,7 +346,7 @@ class Decoder(nn.Module):
             raise ValueError(f"head is {head!r}, it must be 'lm' or 'scalar'")
         self.config = config
         self.head_kind: Head = head
-        self.embed = nn.Embedding(config.vocab_size, config.hidden)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden, _weight=torch.empty(config.vocab_size, config.hidden))
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)
         self.head: nn.Linear | None = None  # tied embeddings need none

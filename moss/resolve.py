@@ -47,7 +47,7 @@ def locate(model: str | Path | None = None) -> Path:
         folder = Path(str(resources.files("moss"))) / "models" / "nano"
         if not (folder / "config.json").is_file():
             raise ValueError(
-                f"no model is bundled in {folder}; make one with `make nano` and give --model out/nano/model"
+                f"no model is bundled in {folder}; make one with `make nano` and give --model out/nano/sft"
             )
         return folder
     folder = Path(model)

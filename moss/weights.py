@@ -125,9 +125,7 @@ def _expect(data: dict[str, Any], allowed: dict[str, tuple[Any, ...]]) -> None:
 
 def _from_gptj(data: dict[str, Any]) -> ModelConfig:
     """Config of CodeGen, released MOSS and GPT-J."""
-    _expect(
-        data, {"activation_function": ("gelu_new",), "tie_word_embeddings": (False,), "add_cross_attention": (False,)}
-    )
+    _expect(data, {"activation_function": ("gelu_new",), "tie_word_embeddings": (False,)})
     vocab_size, hidden, layers, heads, rotary = _need(data, "vocab_size", "n_embd", "n_layer", "n_head", "rotary_dim")
     return ModelConfig(
         family="moss",
@@ -154,8 +152,9 @@ def _from_llama(data: dict[str, Any], kind: str) -> ModelConfig:
             "partial_rotary_factor": (1.0, None),
         },
     )
-    if set(data.get("layer_types") or ()) - {"full_attention"}:
-        raise ValueError(f"layer_types has {sorted(set(data['layer_types']))}, supported is 'full_attention'")
+    kinds = data.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
+        raise ValueError(f"layer_types is {kinds!r}, supported is 'full_attention' everywhere")
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     vocab_size, hidden, ffn, layers, heads = _need(data, *keys)
     max_length = data.get("max_position_embeddings", 2048 if kind == "llama" else 32_768)

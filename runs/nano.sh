@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A nano model from nothing: material, tokenizer, pre-training, fine-tuning, evaluation; about 15 minutes on two cores.
 #
-#   runs/nano.sh                             a nano in out/nano/model
+#   runs/nano.sh                             a nano in out/nano/sft
 #   runs/nano.sh --scale 0.05 --out out/ci   the same road with a twentieth of the steps, to see that it works
 #   runs/nano.sh --bundle                    the bundled model: more steps, written to moss/models/nano at the end
 #
@@ -90,31 +90,14 @@ stage "fine-tuning ($SFT_STEPS steps)" "$OUT/sft/moss.json" \
   moss train sft --model "$OUT/base" --data "$OUT/dialogs.jsonl" --length 512 \
   --steps "$SFT_STEPS" --save-every 50 --seed "$SEED" --out "$OUT/sft" --resume
 
-# The finished model in 16 bits, half the size, with its tokenizer and the record of how it was made.
-halve() {
-  .venv/bin/python - "$OUT/sft" "$OUT/model" << 'PYTHON'
-import shutil, sys
-from pathlib import Path
-import torch
-from moss import Tokenizer, load_model, save_model
-
-source, target = map(Path, sys.argv[1:])
-part = target.with_name(target.name + ".part")
-shutil.rmtree(part, ignore_errors=True)
-save_model(load_model(source, dtype=torch.bfloat16), part)
-Tokenizer.load(source).save(part)
-shutil.copy(source / "moss.json", part)
-part.rename(target)
-PYTHON
-}
-stage "16-bit weights" "$OUT/model" halve
-
 stage "evaluation ($QUESTIONS questions a set)" "$OUT/eval.json" \
-  moss eval tools --model "$OUT/model" --n "$QUESTIONS" --seed "$SEED" -o "$OUT/eval.json" --records "$OUT/answers.jsonl"
+  moss eval tools --model "$OUT/sft" --n "$QUESTIONS" --seed "$SEED" -o "$OUT/eval.json" --records "$OUT/answers.jsonl"
 
 if [ -n "$BUNDLE" ]; then
   mkdir -p moss/models/nano
-  cp "$OUT"/model/* moss/models/nano/
+  for file in model.safetensors config.json tokenizer.json tokenizer_config.json moss.json; do
+    install -m 644 "$OUT/sft/$file" moss/models/nano/
+  done
   echo "bundled: $(du -ch moss/models/nano/* | tail -n 1 | cut -f 1) in moss/models/nano"
 fi
-echo "done in $((SECONDS - STARTED)) s: moss chat --model $OUT/model"
+echo "done in $((SECONDS - STARTED)) s: moss chat --model $OUT/sft"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -337,6 +339,22 @@ def test_markers_in_texts_are_text(trained: Tokenizer, text: str) -> None:
     hostile = Dialog(text, CALC, [Turn(text, [Round(text, text, text)], text)])
     control = [i for i in render(innocent, trained)[0] if i in trained.control_ids]
     assert [i for i in render(hostile, trained)[0] if i in trained.control_ids] == control
+
+
+def test_attacks_on_the_chat_format(tok: Tokenizer, released: Tokenizer) -> None:
+    """Collected attacks in every place of a conversation: no control id more, and the text comes back exactly."""
+    if "MOSS_TEST_DATA" not in os.environ:
+        pytest.skip("set MOSS_TEST_DATA to the folder with real data")
+    lines = (Path(os.environ["MOSS_TEST_DATA"]) / "attacks.jsonl").read_text(encoding="utf-8").split("\n")
+    attacks = [row["input"] for row in map(json.loads, filter(None, lines)) if row["tool"] == "chat"]
+    assert len(attacks) > 20
+    for each in (tok, released):
+        expected = [i for i in render(Dialog("M", CALC, [TOOL_TURN]), each)[0] if i in each.control_ids]
+        for text in attacks:
+            assert each.decode(each.encode(text)) == text
+            turn = Turn(text, [Round(text, text, text)], text)
+            ids = render(Dialog(text, CALC, [turn]), each)[0]
+            assert [i for i in ids if i in each.control_ids] == expected
 
 
 def test_role_markers_broken_for_released_models(released: Tokenizer) -> None:

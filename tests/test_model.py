@@ -7,6 +7,7 @@ rotation, scale or order moves the logits by far more than the bound.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from moss.model import (
     Block,
     Decoder,
+    Head,
     ModelConfig,
     flops_per_token,
     num_parameters,
@@ -177,17 +179,19 @@ def test_half_precision_stays_close(pair):
         assert 0 < error < share, (dtype, error)
 
 
-def moss_config(**values) -> ModelConfig:
-    return ModelConfig(**({"family": "moss", "vocab_size": 50, "num_layers": 2, "hidden": 32, "num_heads": 4} | values))
+MOSS: dict[str, Any] = {"family": "moss", "vocab_size": 50, "num_layers": 2, "hidden": 32, "num_heads": 4}
+LLAMA: dict[str, Any] = {"vocab_size": 50, "num_layers": 2, "hidden": 32, "num_heads": 4, "num_kv_heads": 2}
 
 
-def llama_config(**values) -> ModelConfig:
-    return ModelConfig(
-        **({"vocab_size": 50, "num_layers": 2, "hidden": 32, "num_heads": 4, "num_kv_heads": 2} | values)
-    )
+def moss_config(**values: Any) -> ModelConfig:
+    return ModelConfig(**(MOSS | values))
 
 
-def random_model(config: ModelConfig, head="lm") -> Decoder:
+def llama_config(**values: Any) -> ModelConfig:
+    return ModelConfig(**(LLAMA | values))
+
+
+def random_model(config: ModelConfig, head: Head = "lm") -> Decoder:
     """A model none of whose parts is silent, unlike a freshly initialised one."""
     model = Decoder(config, head)
     generator = torch.Generator().manual_seed(3)
@@ -238,13 +242,14 @@ def test_packed_mask_by_hand():
 
 
 @pytest.mark.parametrize("config", [moss_config(rotary_dim=4), llama_config(qk_norm=True, tie_embeddings=True)])
-def test_packed_rows_leak_no_gradient(config):
+def test_packed_rows_leak_no_gradient(config, monkeypatch):
     """Prevents: a loss on one document that trains on the text of another."""
     model = random_model(config)
     x = model.embed(random_ids(1, 8, vocab_size=50)).detach().requires_grad_()
-    model.embed.forward = lambda ids: x
+    monkeypatch.setattr(model.embed, "forward", lambda ids: x)
     segments = torch.tensor([[1, 1, 1, 2, 2, 2, 2, 0]])
     model(torch.zeros(1, 8, dtype=torch.long), segments=segments)[0, 4].sum().backward()
+    assert x.grad is not None
     touched = x.grad.abs().sum(-1)[0] > 0
     assert touched.tolist() == [False, False, False, True, True, False, False, False]
 
@@ -291,13 +296,17 @@ def test_init_follows_the_seed_and_starts_as_identity():
     """Prevents: weights that depend on global state, and blocks that disturb the stream before they learnt anything."""
     config = llama_config(qk_norm=True)
     first, again, other = Decoder(config), Decoder(config), Decoder(config)
-    first.init_weights(5), torch.manual_seed(99), again.init_weights(5), other.init_weights(6)
+    first.init_weights(5)
+    torch.manual_seed(99)
+    again.init_weights(5)
+    other.init_weights(6)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.embed.weight, other.embed.weight)
     ids = random_ids(1, 6, vocab_size=50)
     torch.testing.assert_close(first.hidden(ids), first.norm(first.embed(ids)))
     first(ids).square().mean().backward()
-    assert all(block.attn.o.weight.grad.abs().sum() > 0 for block in blocks_of(first))  # and they do learn
+    gradients = [block.attn.o.weight.grad for block in blocks_of(first)]
+    assert all(g is not None and g.abs().sum() > 0 for g in gradients)  # and they do learn
 
 
 def test_scalar_head():
@@ -308,6 +317,7 @@ def test_scalar_head():
     assert fresh.shape == (2, 7)
     assert fresh.abs().max() == 0
     model = random_model(config, "scalar")
+    assert model.head is not None
     torch.testing.assert_close(model(ids), model.hidden(ids) @ model.head.weight[0])
 
 
@@ -349,6 +359,7 @@ def test_config_json_round_trip():
         ({"head_dim": 7}, "rotary_dim 7"),
         ({"family": "mamba"}, "'mamba'"),
         ({"norm_eps": float("nan")}, "norm_eps is nan"),
+        ({"rope_base": 1.0}, "rope_base is 1.0"),
         ({"tie_embeddings": "false"}, "tie_embeddings is 'false'"),
         ({"rotary_dim": 4}, "whole heads"),
         ({"qk_norm": True, "qkv_bias": True}, "Qwen"),
@@ -374,4 +385,4 @@ def test_forward_refuses():
     with pytest.raises(ValueError, match="positions"):
         model(torch.zeros(1, 2, dtype=torch.long), cache=SlowCache())
     with pytest.raises(ValueError, match="'vector'"):
-        Decoder(model.config, "vector")
+        Decoder(model.config, "vector")  # pyright: ignore[reportArgumentType]

@@ -37,7 +37,7 @@ def test_there_are_enough_families_of_every_kind(lang):
     for kind in KINDS:
         names = families(lang)[kind]
         assert len(set(names)) == len(names)
-        assert all(name.startswith(f"{kind}.{lang}.") for name in names)
+        assert all(name.startswith((f"{kind}.{lang}.", f"frame.{lang}.")) for name in names)
         assert 0 < sum(map(held_out, names)) < len(names) / 3, kind
 
 
@@ -272,10 +272,10 @@ def test_a_slot_without_values_is_named():
 def test_harmless_requests_share_the_words_and_frames_of_harmful_ones():
     """Prevents a refusal that is learnt from a frame such as `How do I kill …` instead of from the act."""
     for lang in LANGS:
-        shared = {name.split(".", 2)[2] for name, _ in talk.frames("harmful", lang)} & {
-            name.split(".", 2)[2] for name, _ in talk.frames("lookalike", lang)
-        }
-        assert len(shared) >= 20
+        for slot, least in (("act", 20), ("thing", 10)):
+            harmless = talk.frames("lookalike", lang, slot)
+            assert len(harmless) >= least and set(harmless) <= set(talk.frames("harmful", lang, slot))
+            assert all(family.startswith("frame.") and "{" + slot + "}" in text for family, text in harmless)
     harmless = " ".join(draft.turn.human.lower() for draft in drafts_of("lookalike", "en", 2500))
     for word in ("kill", "shoot", "bomb", "attack", "poison", "steal", "hack", "fire", "gun", "drugs", "virus"):
         assert re.search(rf"\b{word}", harmless), word

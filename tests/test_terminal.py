@@ -336,6 +336,18 @@ def test_load_gives_a_model_and_its_tokenizer(model_folder: Path, tok: Tokenizer
     assert model.config.vocab_size == tok.vocab_size
 
 
+def test_loading_does_not_wake_the_compiler(model_folder: Path):
+    """One random initialisation on the meta device imports torch._dynamo: 1.4 s more until the first token."""
+    code = (
+        "import sys; from moss.resolve import load; load(sys.argv[1]);"
+        "print([name for name in ('torch._dynamo', 'torch._inductor', 'sympy', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(model_folder)], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
 def test_models_that_cannot_talk_are_refused_with_what_to_do(model_folder: Path, tmp_path: Path):
     """Each of these once ended in a traceback, or worse in a chat of nonsense."""
 
@@ -491,14 +503,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(shell: Terminal, tmp_path: 
     time.sleep(0.5)  # while it still handles that key, Python's readline sees a signal only at the next one
     shell.type("\x03")
     shell.wait("Ctrl-D leaves")
-    shell.type("are you there?\r")
-    shell.wait("all is well")
-    shell.type(f"/save {tmp_path}/talk.json\r")
-    shell.wait("1 turns saved")
-    shell.type("/clear\r")
-    shell.wait("empty")
-    shell.type(f"/load {tmp_path}/talk.json\r")
-    shell.wait("1 turns loaded")
+    steps = [
+        ("are you there?", "all is well"),
+        (f"/save {tmp_path}/talk.json", "1 turns saved"),
+        ("/clear", "is empty"),
+        (f"/load {tmp_path}/talk.json", "1 turns loaded"),
+    ]
+    for line, answer in steps:
+        shell.wait("> ")
+        shell.type(line + "\r")
+        shell.wait(answer)
+    shell.wait("> ")
     shell.type("\x04")
     shell.wait("turns kept: ['are you there?']")
     assert shell.process.wait(timeout=20) == 0

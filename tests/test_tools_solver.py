@@ -43,6 +43,15 @@ SOLVED = {
     # functions
     "2^x=8": "x = 3",
     "sin(x)=1/2": "x_0 = pi/6\nx_1 = 5*pi/6",
+    # of what repeats itself, one period from 0 on; real roots only, where a function is in play
+    "sin(x)=0": "x_0 = 0\nx_1 = pi",
+    "sin(x)+cos(x)=0": "x_0 = 3*pi/4\nx_1 = 7*pi/4",
+    "tan(x)=1": "x = pi/4",
+    "sin(x)^2=1": "x = pi/2",
+    "cos(2x)=1/2": "x_0 = pi/6\nx_1 = 5*pi/6",
+    "cos(x)=2": "No result.",
+    "4^x-2^x=12": "x = 2",
+    "2^x=-4": "No result.",
     "abs(x-3)=2": "x_0 = 1\nx_1 = 5",
     "ln(x)=0": "x = 1",
     "log(x,2)=5": "x = 32",
@@ -51,6 +60,11 @@ SOLVED = {
     "x + y = 3, 2x + 4y = 4": "x = 4\ny = -1",
     "x＋y＝10；x－y＝2": "x = 6\ny = 4",
     "x+y=7;xy=12": "x_0 = 3\nx_1 = 4\ny_0 = 4\ny_1 = 3",
+    "x^2=y;y^2=x": (
+        "x_0 = 0\nx_1 = 1\nx_2 = -1/2 - sqrt(3)*I/2\nx_3 = -1/2 + sqrt(3)*I/2\n"
+        "y_0 = 0\ny_1 = 1\ny_2 = -1/2 + sqrt(3)*I/2\ny_3 = -1/2 - sqrt(3)*I/2"
+    ),
+    "x₁+x₂=5;x₁-x₂=1": "x1 = 3\nx2 = 2",
     "x^2+y^2=2;x+y=2": "x = 1\ny = 1",
     "x+y=25;x/y=2/3": "x = 10\ny = 15",
     "12*(x+y)=10;9*(y+z)=15;18*(x+z)=20": "x = 5/36\ny = 25/36\nz = 35/36",

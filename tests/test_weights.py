@@ -213,7 +213,9 @@ def test_config_keys_before_transformers_5(folder):
 
 def test_compiled_model_is_saved_under_its_own_names(tmp_path):
     """Prevents: names with `_orig_mod` that nothing can read."""
-    save_model(torch.compile(random_model(llama_config())), tmp_path)
+    compiled = torch.compile(random_model(llama_config()))
+    assert isinstance(compiled, torch.nn.Module)
+    save_model(compiled, tmp_path)
     assert not any("_orig_mod" in name for name in load_file(tmp_path / "model.safetensors"))
 
 
@@ -247,6 +249,28 @@ def test_config_that_does_not_fit(folder, values, says):
     """Prevents: a wrong or hostile config that ends in a crash, a full memory, or wrong numbers."""
     edit_json(folder / "config.json", **values)
     refused(folder, says)
+
+
+JUNK = [None, True, -1, 0, 1.5, float("nan"), 10**400, "x", [], [[1]], {}, {"rope_type": []}, {"a": {}}]
+
+
+@pytest.mark.parametrize("config", [llama_config(rope_scaling=YARN), moss_config()], ids=["llama", "moss"])
+def test_junk_under_any_key(config, tmp_path):
+    """Prevents: a value of the wrong type, under any key of config.json, that ends in another error than ValueError."""
+    save_model(random_model(config), tmp_path)
+    file = tmp_path / "config.json"
+    good = json.loads(file.read_text())
+    changed = [good | {key: junk} for key in good for junk in JUNK]
+    for key in good.get("rope_scaling") or {}:
+        changed += [good | {"rope_scaling": {**YARN, key: junk}} for junk in [*JUNK, 1, 1e-300]]
+    refusals = 0
+    for values in changed:
+        file.write_text(json.dumps(values))
+        try:
+            load_model(tmp_path)
+        except ValueError:
+            refusals += 1
+    assert len(changed) / 3 < refusals < len(changed)
 
 
 def test_absurd_sizes_cost_no_memory(folder):

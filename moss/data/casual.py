@@ -10,9 +10,14 @@ import random
 import re
 
 GREETINGS = {
-    "en": ["Hi! ", "Hey, ", "Hello, ", "Hi MOSS, ", "Quick question: ", "hey ", "MOSS, ", "One more thing: ", "Ok so ", "Um, "],
-    "zh": ["你好，", "请问", "请问，", "问一下，", "MOSS，", "帮我看看，", "嗨，", "想问下，", "麻烦问一下，", "那个，"],
-}
+    "en": [
+        "Hi! ", "Hey, ", "Hello, ", "Hi MOSS, ", "Quick question: ", "hey ", "MOSS, ", "One more thing: ", "Ok so ",
+        "Um, ",
+    ],
+    "zh": [
+        "你好，", "请问", "请问，", "问一下，", "MOSS，", "帮我看看，", "嗨，", "想问下，", "麻烦问一下，", "那个，",
+    ],
+}  # fmt: skip
 THANKS = {
     "en": [" Thanks!", " thx", " Thank you.", " Please help.", " pls", " Thanks in advance."],
     "zh": ["谢谢", "谢谢！", "，谢谢。", "多谢", "，急", "谢啦"],

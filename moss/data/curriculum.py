@@ -29,10 +29,11 @@ from moss.data.text import documents
 LANGS = ("en", "zh")
 KEYS = ("thoughts", *SWITCHES)
 SHARES = {"tool": 0.55, "off": 0.12, "talk": 0.28, "numbers": 0.05}  # of the scenes
-TURNS = (0.5, 0.3, 0.15, 0.05)  # how many scenes a conversation joins: one, two, three, four
-MAX_TURNS = 4
+TURNS = (0.15, 0.25, 0.3, 0.3)  # how many scenes a conversation joins: one, two, three, four
+MAX_TURNS = 6
 CHANGE_LANGUAGE = 0.08  # of the scenes after the first
 BOTH_ON = 0.6  # of the conversations have calculator and solver on
+PATIENCE = 500  # draws without a new question before `questions` gives up
 TOOL_KINDS = ("calculator", "solver", "calculator_off", "solver_off")
 KINDS = (*TOOL_KINDS, *talk.KINDS)
 Split = Literal["known", "held_out"]
@@ -107,19 +108,17 @@ def questions(kind: str, lang: str, split: Split = "known", n: int = 500, seed: 
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
-    seen: set[str] = set()
-    found: list[Item] = []
-    for i in range(n * 40 + 200):
+    found: dict[str, Item] = {}  # by question
+    last = -1  # draw that brought something new
+    for i in count():
         item = _question(random.Random(f"{seed}:{kind}:{lang}:{split}:{i}"), kind, lang, split)
-        last = item.drafts[-1] if item else None
-        if item and last and last.turn.human not in seen:
-            seen.add(last.turn.human)
-            found.append(item)
-            if len(found) == n:
-                return found
-        elif not found and i > 2000:
-            break
-    raise ValueError(f"only {len(found)} different {split} questions of kind {kind!r} in {lang!r}; ask for fewer than {n}")
+        if item is not None and found.setdefault(item.drafts[-1].turn.human, item) is item:
+            last = i
+        if len(found) >= n:
+            return list(found.values())[:n]
+        if i - last > PATIENCE:
+            raise ValueError(f"only {len(found)} {split} questions of {kind!r} in {lang!r}; ask for fewer than {n}")
+    raise AssertionError("count() never ends")
 
 
 def _question(rng: random.Random, kind: str, lang: str, split: Split) -> Item | None:

@@ -16,8 +16,10 @@ from moss.data.slots import whole
 
 WIDE = str.maketrans("+-*/()=^0123456789.;", "＋－×÷（）＝＾０１２３４５６７８９．；")
 LETTERS = "xxxxxxxyyzabtnmkp"
+RAISED = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+POWER = re.compile(r"\^(\d+)")
 PRODUCT = re.compile(r"(\d)([a-z(])")
-SQUARE_FREE = (2, 3, 5, 6, 7, 10, 11, 13, 14, 15, 17, 19, 21, 22, 23, 26, 29, 30, 31, 33, 35, 37, 38, 39, 41, 42, 43, 46, 47)
+SQUARE_FREE = (2, 3, 5, 6, 7, 10, 11, 13, 14, 15, 17, 19, 21, 22, 23, 26, 29, 30, 31, 33, 34, 35, 37, 38, 39, 41, 42)
 
 
 def _places(rng: random.Random, low: int, high: int) -> str:
@@ -31,9 +33,11 @@ def _short(rng: random.Random) -> str:
 
 def _pair(rng: random.Random) -> str:
     sign = rng.choice("+-**//" if rng.random() < 0.8 else "+-*")
+    if sign == "/" and rng.random() < 0.2:
+        return f"{whole(rng, 10, 9999)}/{rng.choice([2, 4, 5, 8])}"
     if sign == "/":
         divisor = whole(rng, 2, 99)
-        return f"{divisor * whole(rng, 2, 999)}/{divisor}" if rng.random() < 0.8 else f"{whole(rng, 10, 9999)}/{rng.choice([2, 4, 5, 8])}"
+        return f"{divisor * whole(rng, 2, 999)}/{divisor}"
     if sign == "*":
         return f"{whole(rng, 2, 9999)}*{whole(rng, 2, 9999)}"
     return f"{whole(rng, 2, 999999)}{sign}{whole(rng, 2, 999999)}"
@@ -50,9 +54,10 @@ def _brackets(rng: random.Random) -> str:
     a, b, c, d = (_short(rng) for _ in range(4))
     k = whole(rng, 2, 30)
     inner = int(a) + int(b)
+    whole_quotient = f"({a}+{k * inner - int(a)})/{inner}" if k * inner > int(a) else f"({a}+{b})*{k}"
     return rng.choice([
-        f"({a}+{b})*{c}", f"({a}-{b})*{c}", f"{c}*({a}+{b})", f"({a}+{b})*({c}-{d})", f"({a}+{b})*({c}+{d})", f"{a}-({b}+{c})",
-        f"({a}+{k * inner - int(a)})/{inner}" if k * inner > int(a) else f"({a}+{b})*{k}", f"{a}*({b}-{c})+{d}",
+        f"({a}+{b})*{c}", f"({a}-{b})*{c}", f"{c}*({a}+{b})", f"({a}+{b})*({c}-{d})", f"({a}+{b})*({c}+{d})",
+        f"{a}-({b}+{c})", f"{a}*({b}-{c})+{d}", whole_quotient,
     ])  # fmt: skip
 
 
@@ -98,14 +103,17 @@ def _sum(rng: random.Random) -> str:
 def _quotients(rng: random.Random) -> str:
     b, k = whole(rng, 2, 30), whole(rng, 2, 60)
     a, c = b * k, _short(rng)
-    return rng.choice([f"{a}/{b}+{c}", f"{a}/{b}*{c}", f"{c}+{a}/{b}", f"{c}*{a}/{b}", f"{c}-{a}/{b}", f"{a}/({b}*{rng.choice([1, k])})"])
+    return rng.choice([
+        f"{a}/{b}+{c}", f"{a}/{b}*{c}", f"{c}+{a}/{b}", f"{c}*{a}/{b}", f"{c}-{a}/{b}", f"{a * 2}/({b}*2)",
+        f"{a}/({b}*{k})",
+    ])  # fmt: skip
 
 
 def _powers(rng: random.Random) -> str:
     a, b = whole(rng, 2, 40), whole(rng, 2, 40)
     return rng.choice([
-        f"{a}^2+{b}^2", f"{a}^2-{b}^2", f"2^{rng.randint(3, 10)}+{b}", f"{a}*{b}^2", f"({a}+{b})^2", f"sqrt({a * a})+{b}",
-        f"sqrt({a * a})*{b}", f"{b}^3-{a}", f"10^{rng.randint(2, 6)}/{rng.choice([2, 4, 5, 8, 20])}",
+        f"{a}^2+{b}^2", f"{a}^2-{b}^2", f"2^{rng.randint(3, 10)}+{b}", f"{a}*{b}^2", f"({a}+{b})^2",
+        f"sqrt({a * a})+{b}", f"sqrt({a * a})*{b}", f"{b}^3-{a}", f"10^{rng.randint(2, 6)}/{rng.choice([2, 4, 5, 8])}",
     ])  # fmt: skip
 
 
@@ -120,8 +128,8 @@ EXPRESSIONS: dict[str, Callable[[random.Random], str]] = {
     "powers": _powers, "percents": _percents,
 }  # fmt: skip
 SHARES = {
-    "pair": 28, "chain": 12, "brackets": 16, "power": 7, "root": 4, "decimal": 10, "negative": 5, "factorial": 1.5, "sum": 8,
-    "quotients": 9, "powers": 6, "percents": 4,
+    "pair": 28, "chain": 12, "brackets": 16, "power": 7, "root": 4, "decimal": 10, "negative": 5, "factorial": 1.5,
+    "sum": 8, "quotients": 9, "powers": 6, "percents": 4,
 }  # fmt: skip
 
 
@@ -145,7 +153,7 @@ def typed(rng: random.Random, plain: str, lang: str) -> str:
     if "^" in text:
         draw = rng.random()
         if draw < 0.4:
-            text = text.replace("^2", "²").replace("^3", "³")
+            text = POWER.sub(lambda match: match[1].translate(RAISED), text)
         elif draw < 0.5:
             text = text.replace("^", "**")
     if rng.random() < (0.5 if lang == "en" else 0.35):
@@ -161,9 +169,10 @@ def _spaced(text: str) -> str:
     """Blanks around operators, except a sign at the start or after a bracket."""
     out: list[str] = []
     for i, char in enumerate(text):
-        sign = char in "+-*/=×÷·xX%" and (char not in "xX" or (i > 0 and text[i - 1].isdigit() and text[i + 1 : i + 2].isdigit()))
-        if sign and not (i > 0 and text[i - 1] == "*") and text[i + 1 : i + 2] != "*":
-            leading = char in "+-" and (i == 0 or text[i - 1] in "(=×÷*/")
+        before, after = text[i - 1] if i else "", text[i + 1 : i + 2]
+        sign = char in "+-*/=×÷·" or (char in "xX" and before.isdigit() and after.isdigit())
+        if sign and before != "*" and after != "*":
+            leading = char in "+-" and before in ("", *"(=×÷*/")
             out.append(char if leading else f" {char} ")
         else:
             out.append("; " if char == ";" else char)

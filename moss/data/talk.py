@@ -34,6 +34,8 @@ KINDS = tuple(WEIGHTS)
 # Every refusal holds one of these, and no other reply does: this is how an evaluation tells them apart.
 REFUSAL_MARKS = {"en": ("can't help with", "won't help with"), "zh": ("不能帮", "没法帮")}
 FOLLOW_SHARE = 0.45  # of the scenes whose topic has follow-up turns
+LEAD_SHARE = {"identity": 0.5, "roleplay": 0.5, "harmful": 0.15, "lookalike": 0.15}  # with a sentence in front
+FRAMED = ("harmful", "lookalike")  # kinds that share frames
 INSIST_SHARE = 0.15  # of the harmful scenes: the user asks again
 FRAME_SHARE = 0.5  # of the scenes whose topics have acts: asked in a frame that all topics share
 MAX_DRAWS = 4000  # a rare family or question is found by drawing; past this, none is there
@@ -51,6 +53,7 @@ class Side:
     reply: tuple[str, ...]
     otherwise: tuple[str, ...] = ()
     act: tuple[str, ...] = ()
+    thing: tuple[str, ...] = ()
     own: Mapping[str, tuple[str, ...]] | None = None
     slots: Mapping[str, Any] | None = None
     answer: tuple[str, ...] = ()
@@ -127,9 +130,9 @@ def _topic(kind: str, table: Mapping[str, Any], prefix: str = "", rows: tuple[tu
         side = table[lang]
         own: dict[str, tuple[str, ...]] = {}
         ask = tuple((f"{kind}.{lang}.{name}.{i}", text) for i, text in enumerate(_texts(side, "ask", own), 1))
-        act = tuple(_texts(side, "act", own))
+        act, thing = (tuple(_texts(side, key, own)) for key in ("act", "thing"))
         lists = {key: tuple(side.get(key, ())) for key in ("reply", "otherwise", "answer")}
-        sides[lang] = Side(ask=ask, act=act, own=own, slots=side.get("slots"), **lists)
+        sides[lang] = Side(ask=ask, act=act, thing=thing, own=own, slots=side.get("slots"), **lists)
     follows = tuple(_topic(kind, follow, name + "_") for follow in table.get("follow", ()))
     weight = table.get("weight", len(rows) ** 0.7 if rows else 1.0)
     return Topic(kind, name, sides, follows, rows, table.get("when", ""), weight)
@@ -173,11 +176,15 @@ def _facts() -> tuple[Topic, ...]:
 
 
 @cache
-def frames(kind: str, lang: str) -> tuple[tuple[str, str], ...]:
-    """Phrasings with an `{act}`, shared by harmful and harmless requests so that the frame tells nothing."""
+def frames(kind: str, lang: str, slot: str) -> tuple[tuple[str, str], ...]:
+    """Phrasings with an `{act}` or a `{thing}`. Harmful and harmless requests share them, under the same family names,
+    so that the frame tells nothing; a few belong to harmful requests alone.
+    """
     table = material("frames")
-    shared = {**table["shared"][lang], **(table["harmful"][lang] if kind == "harmful" else {})}
-    return tuple((f"{kind}.{lang}.frame.{name}", text) for name, text in shared.items())
+    shared = table["shared" if slot == "act" else "things"][lang]
+    own = table["harmful"][lang] if slot == "act" and kind == "harmful" else {}
+    names = [(f"frame.{lang}.{name}", text) for name, text in shared.items()]
+    return tuple(names + [(f"harmful.{lang}.frame.{name}", text) for name, text in own.items()])
 
 
 @cache
@@ -192,8 +199,8 @@ def families(lang: str) -> dict[str, list[str]]:
             for topic in topics(kind, lang):
                 for part in (topic, *topic.follows):
                     names.update(family for family, _ in part.sides[lang].ask)
-        if kind in ("harmful", "lookalike"):
-            names.update(family for family, _ in frames(kind, lang))
+        if kind in FRAMED:
+            names.update(family for slot in ("act", "thing") for family, _ in frames(kind, lang, slot))
         found[kind] = sorted(names)
     return found
 
@@ -278,13 +285,11 @@ def _topic_scene(rng: Random, kind: str, lang: str, switches: Mapping[str, bool]
     side = topic.sides[lang]
     known = _row(topic, rng.choice(topic.rows), lang) if topic.rows else {}
     fill = _filler(rng, topic, lang, known)
-    if side.act and (not side.ask or rng.random() < FRAME_SHARE):
-        family, text = rng.choice(frames(kind, lang))
-        asked = fill.values["act"] = rng.choice(side.act)
-    else:
-        family, text = rng.choice(side.ask)
-        asked = text
+    family, text, asked = _phrasing(rng, topic, side, lang, fill)
     human = sentence(fill(text), lang)
+    leads = material("frames")["lead"].get(kind, {}).get(lang)
+    if leads and rng.random() < LEAD_SHARE[kind]:
+        human = sentence(fill(rng.choice(leads)), lang) + human
     reply = fill(_reply(rng, topic, side, switches, asked))
     reply = reply if kind == "code" else sentence(reply, lang)
     if kind == "chat":
@@ -307,6 +312,19 @@ def _topic_scene(rng: Random, kind: str, lang: str, switches: Mapping[str, bool]
         drafts.append(extra)
         follows = follows if topic.rows else [follow for follow in follows if follow.name not in extra.family]
     return drafts
+
+
+def _phrasing(rng: Random, topic: Topic, side: Side, lang: str, fill: Filler) -> tuple[str, str, str]:
+    """(family, text, what the reply depends on): the topic's own phrasing, or one of its acts or things in a frame."""
+    slots = {"act": side.act, "thing": side.thing} if rng.random() < FRAME_SHARE else {}
+    usable = [slot for slot, texts in slots.items() if texts]
+    if not usable:
+        family, text = rng.choice(side.ask)
+        return family, text, text
+    slot = rng.choice(usable) if rng.random() < 0.7 else usable[0]
+    family, text = rng.choice(frames(topic.kind, lang, slot))
+    asked = fill.values[slot] = rng.choice(slots[slot])
+    return family, text, asked
 
 
 def _answer(topic: Topic, side: Side) -> tuple[str, ...]:

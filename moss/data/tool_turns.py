@@ -29,7 +29,7 @@ from moss.data.casual import casual
 from moss.data.family import Draft
 from moss.data.slots import CURRENCIES, Draw, Number, compile_spec, trim
 from moss.data.symbols import EQUATIONS, expression
-from moss.tools.arithmetic import evaluate as calculate
+from moss.tools.arithmetic import evaluate
 
 Accept = Callable[[str, str], bool]
 NAMES = {"calculator": "Calculate", "solver": "Solve"}
@@ -223,7 +223,7 @@ def _call(tool: str, argument: str, drawn: Drawn) -> tuple[str, str]:
     """Runs one call: the Results text and the bare value."""
     if tool == "solver":
         return f'Solve("{argument}") =>\n' + "\n".join(drawn.lines), ""
-    result = calculate(argument)
+    result = evaluate(argument)
     return f'Calculate("{argument}") => {result}', trim(result)
 
 
@@ -302,12 +302,13 @@ def _off(rng: random.Random, drawn: Drawn, lang: str, tool: str) -> Draft:
     texts, values = book(lang).off[tool], drawn.values
     plain = str(values.get("e", ""))
     if TINY.fullmatch(plain):
-        result = trim(calculate(plain))
+        result = trim(evaluate(plain))
         shown = " ".join(plain).replace("*", "×")
         thoughts, reply = rng.choice(texts["tiny_thoughts"]), rng.choice(texts["tiny"]).format(e=shown, r=result)
         return Draft(Turn(drawn.question, [Round(thoughts)], reply), f"{tool}_off", drawn.phrase.name, (result,))
     thoughts, reply = rng.choice(texts["thoughts"]), rng.choice(texts["reply"])
-    return Draft(Turn(drawn.question, [Round(thoughts)], reply), f"{tool}_off", drawn.phrase.name, (f"/tools {tool} on",))
+    answer = (f"/tools {tool} on",)
+    return Draft(Turn(drawn.question, [Round(thoughts)], reply), f"{tool}_off", drawn.phrase.name, answer)
 
 
 def _plain(rng: random.Random, drawn: Drawn) -> Draft:
@@ -317,7 +318,9 @@ def _plain(rng: random.Random, drawn: Drawn) -> Draft:
     return Draft(Turn(drawn.question, [Round(thoughts.format_map(drawn.values))], reply), "chat", drawn.phrase.name)
 
 
-def _first(rng: random.Random, lang: str, switches: dict[str, bool], kind: str, accept: Accept | None) -> tuple[Drawn, Draft]:
+def _first(
+    rng: random.Random, lang: str, switches: dict[str, bool], kind: str, accept: Accept | None
+) -> tuple[Drawn, Draft]:
     """One turn of the kind that is accepted."""
     found, tool = book(lang), kind.removesuffix("_off")
     for _ in range(TRIES):

@@ -5,7 +5,8 @@
 
 Order and form: unknowns by name, real roots before complex ones, small before large. Fractions, square roots and
 multiples of pi stay exact; anything else, and everything when the text has a decimal point, is a number with the 15 to
-17 digits of a double. Of a periodic equation the roots of one period are given. Equations that contradict each other
+17 digits of a double. Equations with functions such as sin, exp or log are solved in real numbers, and of those that
+repeat themselves the first period from 0 on is given. Equations that contradict each other
 give `No result.`, which is an answer; what cannot be solved raises `ExpressionError` with the reason.
 
 This file runs inside the sandbox's process, which is what ends it when SymPy would search for ever.
@@ -28,6 +29,11 @@ from moss.tools.expression import ExpressionError
 MAX_OUTPUT = 4000  # characters
 MAX_EXACT = 40  # characters of a value that is shown exactly
 NO_RESULT = "No result."
+
+_PERIODIC = (sympy.sin, sympy.cos, sympy.tan)
+_INVERSE = (sympy.asin, sympy.acos, sympy.atan, sympy.log)
+_TRANSCENDENTAL = (*_PERIODIC, *_INVERSE, sympy.sinh, sympy.cosh, sympy.tanh, sympy.exp)
+_ZERO = sympy.Float("1e-12")
 
 Solution = dict[str, Any]  # a value for each unknown it settles
 
@@ -69,6 +75,8 @@ def warm_up() -> None:
         ("5^2+5^2-2*5*5*cos(x)=8^2", ""),
         ("tan(x)+sin(x)=0", ""),
         ("5*ln(x+1)+3.5=0", ""),
+        ("sin(x)=cos(x)", ""),
+        ("x^2=y;y^2=x", ""),
         ("abs(x-3)=2", ""),
         ("exp(2x)=e^x+2", ""),
         ("x^2+y^2=25;x^2-y=5", ""),
@@ -127,13 +135,43 @@ def _roots(expression: sympy.Expr, x: sympy.Symbol) -> list[Any] | None:
     above, _ = sympy.fraction(sympy.together(expression))
     polynomial = sympy.Poly(above, x) if above.is_polynomial(x) else None
     if polynomial is None:
-        return list(dict.fromkeys(sympy.solve(expression, x))) or None
+        roots = list(dict.fromkeys(sympy.solve(expression, x)))
+        if expression.has(*_TRANSCENDENTAL) or any(power.exp.has(x) for power in expression.atoms(sympy.Pow)):
+            roots = _one_period(expression, x, [root for root in roots if mpmath.im(_numeric(root)) == 0])
+        return roots or None
     if polynomial.degree() <= 0:
         return None
     if not all(coefficient.is_Rational for coefficient in polynomial.all_coeffs()):
         return _factor_roots(polynomial)
     _, factors = polynomial.factor_list()
     return [root for factor, _ in factors for root in _factor_roots(factor)]
+
+
+def _one_period(expression: sympy.Expr, x: sympy.Symbol, roots: list[Any]) -> list[Any]:
+    """Of an expression that repeats itself, the roots in its first period from 0 on; of others, just the roots.
+
+    SymPy gives some root of each kind; those half and quarter a period away, and the mirrored ones, are tried too.
+    """
+    period = next((2 * sympy.pi / m for m in range(12, 0, -1) if _repeats(expression, x, 2 * sympy.pi / m)), None)
+    if period is None or not expression.has(*_PERIODIC):
+        return roots
+    kept: dict[str, Any] = {}
+    for root, mirrored, quarter in itertools.product(roots, (1, -1), range(4)):
+        candidate = mirrored * root + quarter * period / 4
+        candidate = sympy.expand(candidate - period * sympy.floor(candidate / period))
+        number = _numeric(candidate)
+        if abs(_at(expression, x, candidate)) < _ZERO:
+            kept.setdefault(str(mpmath.nstr(number, 20)), candidate)
+    return list(kept.values())
+
+
+def _repeats(expression: sympy.Expr, x: sympy.Symbol, period: Any) -> bool:
+    points = (sympy.Rational(1, 3), sympy.Rational(5, 7))
+    return all(abs(_at(expression, x, point) - _at(expression, x, point + period)) < _ZERO for point in points)
+
+
+def _at(expression: sympy.Expr, x: sympy.Symbol, value: Any) -> Any:
+    return expression.evalf(20, subs={x: value})
 
 
 def _factor_roots(factor: sympy.Poly) -> list[Any]:
@@ -288,8 +326,10 @@ def _order(solution: Solution) -> tuple[Any, ...]:
 def _shown(value: Any, *, decimal: bool) -> str:
     if value.free_symbols:
         return str(value)
-    if not decimal and _readable(value):
-        return str(value)
+    if not decimal:
+        for form in (value, sympy.expand(value)):
+            if _readable(form):
+                return str(form)
     number = mpmath.mpc(_numeric(value))
     real, imaginary = float(number.real), float(number.imag)
     if imaginary == 0:

@@ -44,9 +44,9 @@ _SIGNS = str.maketrans(
     {
         **dict(zip("０１２３４５６７８９", "0123456789")),
         **dict(zip("＋－＊／＝（）．，；！？％＾＜＞", "+-*/=().,;!?%^<>")),
-        **dict.fromkeys("−–—﹣", "-"),
+        **dict.fromkeys("−–—﹣\u2010\u2011", "-"),
         **dict.fromkeys("×✕✖·⋅∙∗", "*"),
-        **dict.fromkeys("÷∕", "/"),
+        **dict.fromkeys("÷∕\u2044", "/"),
         **dict(zip("[]【】〔〕［］", "()()()()")),
         **dict.fromkeys("、", ","),
         **dict.fromkeys("\u3000\u00a0\u2009\u202f\t", " "),
@@ -58,7 +58,10 @@ _SIGNS = str.maketrans(
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 _POWER_RUN = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+")
 _FRACTIONS = {"½": "1/2", "⅓": "1/3", "⅔": "2/3", "¼": "1/4", "¾": "3/4", "⅕": "1/5", "⅛": "1/8"}
-_FRACTION = re.compile(r"([0-9]*)([½⅓⅔¼¾⅕⅛])")
+_FRACTION = re.compile(r"([0-9.]*) ?([½⅓⅔¼¾⅕⅛])")
+_INDEX = re.compile("(?<=[A-Za-z])[₀₁₂₃₄₅₆₇₈₉]+")
+_INDICES = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_CONTINUED = re.compile(r"[\r\n]\s*[-+]")
 _TOKEN = re.compile(
     r" *(?:"
     r"(?P<group>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?)"
@@ -90,14 +93,18 @@ def parse(
 
 
 def _to_ascii(text: str) -> str:
+    if _CONTINUED.search(text):
+        raise ExpressionError("a line that begins with a sign can be read in two ways; write it on one line")
     text = _POWER_RUN.sub(lambda run: f"^({run.group().translate(_POWERS)})", text)
-    text = text.translate(_SIGNS)
-    return _FRACTION.sub(_fraction, text)
+    text = _INDEX.sub(lambda run: run.group().translate(_INDICES), text)
+    return _FRACTION.sub(_fraction, text.translate(_SIGNS))
 
 
 def _fraction(match: re.Match[str]) -> str:
     """`½` is (1/2); `2½` is two and a half, the one reading that people have for it."""
     whole, sign = match.groups()
+    if "." in whole:
+        raise ExpressionError(f"{match.group()!r} can be read in two ways")
     return f"({whole}+{_FRACTIONS[sign]})" if whole else f"({_FRACTIONS[sign]})"
 
 
