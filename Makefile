@@ -21,12 +21,12 @@ chat: $(VENV)/.core  ## set up and talk to the bundled model (ARGS="--temperatur
 test: $(VENV)/.dev  ## set up and run every check: lint, types, the whole test suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not soak" $(ARGS)
 
 check: $(VENV)/.dev  ## the same without the slow tests, for while you work
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not soak" $(ARGS)
 
 soak: $(VENV)/.dev  ## minutes of hammering: long chats, flat memory, many random cases

@@ -346,7 +346,9 @@ class Decoder(nn.Module):
             raise ValueError(f"head is {head!r}, it must be 'lm' or 'scalar'")
         self.config = config
         self.head_kind: Head = head
-        self.embed = nn.Embedding(config.vocab_size, config.hidden, _weight=torch.empty(config.vocab_size, config.hidden))
+        self.embed = nn.Embedding(
+            config.vocab_size, config.hidden, _weight=torch.empty(config.vocab_size, config.hidden)
+        )
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = make_norm(config)
         self.head: nn.Linear | None = None  # tied embeddings need none
