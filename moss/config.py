@@ -209,7 +209,12 @@ def _join_values(parser: ArgumentParser, argv: Sequence[str]) -> list[str]:
 
 
 def _instance(command: type[T], values: Any) -> T:
-    return command(**{field.name: values[field.name] for field in dataclasses.fields(command)})  # type: ignore[arg-type]
+    hints = get_type_hints(command)
+    fields = {field.name: values[field.name] for field in dataclasses.fields(command)}  # type: ignore[arg-type]
+    for name, value in fields.items():
+        if hints[name] is bool and not isinstance(value, bool):  # "false" in a file must not mean yes
+            raise UsageError(f"{name}: expected true or false, got {value!r}")
+    return command(**fields)
 
 
 def _unknown(parser: ArgumentParser, message: str) -> str:

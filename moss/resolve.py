@@ -50,6 +50,8 @@ def locate(model: str | Path | None = None) -> Path:
                 f"no model is bundled in {folder}; make one with `make nano` and give --model out/nano/sft"
             )
         return folder
+    if "://" in str(model):
+        raise ValueError(f"--model {model}: models on a server are not part of this version; give a folder on this disk")
     folder = Path(model)
     if not folder.exists():
         raise ValueError(f"there is no model folder {str(model)!r}; give one with config.json, or none for the bundled")

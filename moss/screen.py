@@ -6,16 +6,8 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from moss.errors import plain
 from moss.tools import run
-
-# Text from a model, a tool or a file must not steer the terminal: its control characters become visible pictures.
-_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
-_CONTROL |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-
-
-def plain(text: str) -> str:
-    """Text that cannot steer the terminal."""
-    return text.translate(_CONTROL)
 
 
 class Screen:

@@ -14,11 +14,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -31,10 +31,10 @@ from moss.chat import META_INSTRUCTION, NONE, QUALITIES, SWITCHES, Dialog, Turn
 from moss.config import option
 from moss.data.dialogs import read, to_moss
 from moss.engine import Engine, Sampling
-from moss.errors import UsageError, one_line
+from moss.errors import UsageError, one_line, plain
 from moss.model import num_parameters
 from moss.resolve import load, locate
-from moss.screen import Screen, plain
+from moss.screen import Screen
 from moss.tokenizer import Tokenizer
 from moss.tools import run
 from moss.tools.base import Tool, standard_tools
@@ -79,13 +79,16 @@ def main(config: Chat) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     dialog = opening(config)
-    sampling = Sampling(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
+    try:
+        sampling = Sampling(temperature=config.temperature, top_p=config.top_p, max_tokens=config.max_tokens)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     model, tok = load(config.model)
     with Engine(model, slots=1) as engine:
         session = Session(dialog, engine, tok, standard_tools(), sampling, quality=config.quality, seed=config.seed)
         if config.prompt is not None:
             return ask_once(session, config.prompt, as_json=config.json, loading=time.perf_counter() - begun)
-        name = "moss-nano" if config.model is None else locate(config.model).name
+        name = "moss-nano" if config.model is None else locate(config.model).resolve().name
         size = f"{num_parameters(model.config) / 1e6:.1f}M parameters"
         session.say(f"[bold]{escape(name)}[/], {size}. /help lists commands, /quit leaves.")
         return converse(session)
@@ -100,7 +103,7 @@ def opening(config: Chat) -> Dialog:
 def switches(wanted: str, tools: Mapping[str, Tool]) -> dict[str, bool]:
     """`all`, `none` or a list of keys as the switches of a conversation."""
     keys = set(tools) if wanted == "all" else set()
-    for key in [] if wanted in ("all", "none") else filter(None, map(str.strip, wanted.split(","))):
+    for key in [] if wanted in ("all", "none") else map(str.strip, wanted.split(",")):
         _check_tool(key, tools)
         keys.add(key)
     return {"thoughts": True, **{key: key in keys for key in SWITCHES}}
@@ -115,7 +118,7 @@ def _check_tool(key: str, tools: Mapping[str, Tool]) -> None:
 
 def read_meta(path: Path) -> str:
     """The meta instruction in a file."""
-    with path.expanduser().open("rb") as file:
+    with _expanded(path).open("rb") as file:
         data = file.read(META_LIMIT + 1)
     if len(data) > META_LIMIT:
         raise ValueError(f"{path} is longer than {META_LIMIT} bytes; a meta instruction is a short text")
@@ -210,24 +213,31 @@ def answer_json(done: run.Done, notices: list[str], loading: float) -> dict[str,
 
 
 def converse(session: Session) -> int:
-    """Questions and commands, line by line, until `/quit` or the end of the input."""
-    with line_history(HISTORY) if sys.stdin.isatty() else contextlib.nullcontext():
+    """Questions and commands, line by line, until `/quit` or the end of the input.
+
+    Whoever sits at the keyboard sees what failed; of lines from a pipe, one that failed makes the exit code 1.
+    """
+    at_keyboard, code = sys.stdin.isatty(), 0
+    with line_history(HISTORY) if at_keyboard else contextlib.nullcontext():
         while True:
             try:
                 line = read_line(session.console, sys.stdin)
             except KeyboardInterrupt:
-                if not sys.stdin.isatty():
+                if not at_keyboard:
                     raise
                 session.say("\n[dim]/quit or Ctrl-D leaves[/]")
                 continue
-            if line is None:
-                return 0
             try:
-                if not answer_line(session, line):
-                    return 0
+                if line is None or not answer_line(session, line):
+                    return code
                 session.console.print()
+            except KeyboardInterrupt:
+                if not at_keyboard:
+                    raise
+                session.say("[yellow]stopped; this question is left out of the conversation[/]")
             except (ValueError, OSError) as error:
-                session.console.print(Text(plain(one_line(error)), style="red"))
+                session.console.print(Text(one_line(error), style="red"))
+                code = 0 if at_keyboard else 1
 
 
 def read_line(console: Console, stdin: TextIO) -> str | None:
@@ -252,15 +262,11 @@ def answer_line(session: Session, line: str) -> bool:
     if line.startswith("/"):
         return command(session, line)
     screen = Screen(session.console)
-    events = session.events(line)
     try:
-        for event in events:
+        for event in session.events(line):
+            if isinstance(event, run.Error):
+                raise ValueError(event.text)
             screen.show(event)
-    except KeyboardInterrupt:
-        if not sys.stdin.isatty():
-            raise
-        screen.end()
-        session.say("[yellow]stopped; this question is left out of the conversation[/]")
     finally:
         screen.end()
     return True
@@ -269,7 +275,11 @@ def answer_line(session: Session, line: str) -> bool:
 @contextlib.contextmanager
 def line_history(path: Path) -> Iterator[None]:
     """Lines typed earlier, for the arrow keys; where the file cannot be read or written there simply is none."""
-    path = path.expanduser()
+    try:
+        path = _expanded(path)
+    except ValueError:  # a user without a home, as in some containers
+        yield
+        return
     if readline is None:
         yield
         return
@@ -295,7 +305,7 @@ def command(session: Session, line: str) -> bool:
         return False
     if name not in COMMANDS:
         raise ValueError(f"there is no command {name}; /help lists them. (A question cannot start with a slash.)")
-    words = shlex.split(rest) if name == "/tools" else [rest.strip()] if rest.strip() else []
+    words = rest.split() if name == "/tools" else [rest.strip()] if rest.strip() else []
     COMMANDS[name][1](session, words)
     return True
 
@@ -348,21 +358,29 @@ def _save(session: Session, words: list[str]) -> None:
     finally:
         part.unlink(missing_ok=True)
     session.files.add(path.resolve())
-    session.console.print(Text(f"{len(session.dialog.turns)} turns saved in {path}", style="dim"))
+    session.console.print(Text(f"{_turns(session.dialog)} saved in {plain(str(path))}", style="dim"))
 
 
 def _load(session: Session, words: list[str]) -> None:
+    """Take the conversation of a file; where it has no meta instruction or no switches, those of now stay."""
     path = _path(words, "/load FILE")
-    dialog = next(read(path), None)
-    if dialog is None:
+    dialogs = list(islice(read(path), 2))
+    if not dialogs:
         raise ValueError(f"{path} holds no conversation")
-    session.dialog = dialog
+    if len(dialogs) > 1:
+        raise ValueError(f"{path} holds several conversations; put the one to go on with into a file of its own")
+    now, dialog = session.dialog, dialogs[0]
+    session.dialog = replace(dialog, meta=dialog.meta or now.meta, switches=dialog.switches or now.switches)
     session.engine.forget(CONVERSATION)
     session.files.add(path.resolve())
     for turn in dialog.turns[-2:]:
         session.console.print(Text("> " + plain(turn.human)))
         session.console.print(Text(plain(turn.reply)))
-    session.console.print(Text(f"{len(dialog.turns)} turns loaded from {path}", style="dim"))
+    session.console.print(Text(f"{_turns(dialog)} loaded from {plain(str(path))}", style="dim"))
+
+
+def _turns(dialog: Dialog) -> str:
+    return "1 turn" if len(dialog.turns) == 1 else f"{len(dialog.turns)} turns"
 
 
 def _meta(session: Session, words: list[str]) -> None:
@@ -376,7 +394,15 @@ def _meta(session: Session, words: list[str]) -> None:
 def _path(words: list[str], usage: str) -> Path:
     if not words:
         raise ValueError(f"write {usage}")
-    return Path(words[0]).expanduser()
+    return _expanded(Path(words[0]))
+
+
+def _expanded(path: Path) -> Path:
+    """A path with `~` as the user's home."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no such home folder; write the whole path") from None
 
 
 # name -> (how it is written, what does it, what it does)

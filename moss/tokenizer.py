@@ -59,6 +59,7 @@ PATTERN = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 MIN_VOCAB = 256 + 1 + len(MARKERS)
+MAX_VOCAB = 2**22  # far above any vocabulary, low enough that a hostile file is refused before a table is made
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -102,7 +103,10 @@ class Tokenizer:
     def _byte_table(self, added: dict[int, str]) -> list[bytes]:
         """The bytes of each id; holes in the vocabulary are empty."""
         by_id = {i: token for token, i in self._backend.get_vocab(with_added_tokens=True).items()}
-        table = [b""] * (max(by_id) + 1)
+        size = max(by_id, default=-1) + 1
+        if not 0 < size <= MAX_VOCAB:
+            raise ValueError(f"{self.origin} has {size} ids; a vocabulary has 1 to {MAX_VOCAB}")
+        table = [b""] * size
         for i, token in by_id.items():
             if i in added:
                 table[i] = added[i].encode()
@@ -231,8 +235,7 @@ def require_markers(tok: Tokenizer) -> None:
     if not tok.has_markers:
         raise ValueError(
             f"{tok.origin} knows none of the chat markers ({' '.join(ENDS)}), so this is not a MOSS chat model; "
-            "serve it with any OpenAI-compatible server and use --model http://HOST:PORT/v1#NAME, "
-            "or fine-tune it first (moss train sft adds the markers)"
+            "give one that was made here (make nano) or a released moss-moon-003"
         )
 
 
@@ -294,7 +297,9 @@ def load(path: str | Path) -> Tokenizer:
 def _backend(spec: dict[str, Any], file: Path) -> Backend:
     try:
         return Backend.from_str(json.dumps(spec))
-    except Exception as error:  # the Rust library raises the bare class
+    except Exception as error:
+        if type(error) is not Exception:  # the Rust library raises the bare class; whatever else comes is a defect
+            raise
         raise ValueError(f"{file} cannot be read as a tokenizer: {error}") from None
 
 
@@ -306,7 +311,7 @@ def _configured_eos(directory: Path, spec: dict[str, Any]) -> str | None:
         return None
     name = _read_json(file, dict).get("eos_token")
     name = name.get("content") if isinstance(name, dict) else name
-    return name if name in known else None
+    return name if isinstance(name, str) and name in known else None
 
 
 def _read_json(file: Path, kind: type[dict]) -> dict[str, Any]:
@@ -328,9 +333,15 @@ def _load_released(directory: Path) -> Tokenizer:
     vocab = _read_json(directory / "vocab.json", dict)
     added_file = directory / "added_tokens.json"
     added = _read_json(added_file, dict) if added_file.is_file() else {}
-    if EOS in vocab:
+    strange = next((token for token, i in added.items() if type(i) is not int), None)
+    if strange is not None:
+        raise ValueError(f"{added_file}: {strange!r} must have a number, not {added[strange]!r}")
+    if type(vocab.get(EOS)) is int:
         added.setdefault(EOS, vocab[EOS])
-    lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    try:
+        lines = (directory / "merges.txt").read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{directory / 'merges.txt'} is not text in UTF-8: {error}") from None
     merges = [line.rstrip("\r").split(" ") for line in lines if line.strip() and not line.startswith("#version")]
     bad = next((merge for merge in merges if len(merge) != 2), None)
     if bad:

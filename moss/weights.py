@@ -490,7 +490,10 @@ def _replacing(target: Path) -> Iterator[Path]:
     """A temporary file beside the target that takes its place when the block ends well, and is removed otherwise."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # what the umask allows; safetensors makes files that their owner alone can read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(target)

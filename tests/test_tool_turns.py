@@ -182,7 +182,7 @@ def test_what_is_typed_means_the_argument(lang):
     for i in range(3000):
         plain, shown = expression(random.Random(i), "mixed", lang)
         text = re.sub(r"√(\d+)", r"sqrt(\1)", shown)
-        text = re.sub(r"(?<=[\d)]) ?[xX] ?(?=[\d(s-])", "*", text).replace("·", "*")
+        text = re.sub("[xX·]", "*", text)
         assert evaluate(text) == evaluate(plain), (plain, shown)
 
 

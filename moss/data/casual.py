@@ -50,7 +50,7 @@ def casual(rng: random.Random, text: str, lang: str) -> str:
         thanks = rng.choice(THANKS[lang])
         return (text.rstrip("。") if thanks.startswith("，") else text) + thanks
     if draw < 0.84:
-        text = text.rstrip("?？.。") or text
+        text = text.rstrip("?？.。 ") or text
         return text.lower() if lang == "en" and rng.random() < 0.5 else text
     if draw < 0.92:
         if lang == "en":

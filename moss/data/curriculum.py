@@ -132,8 +132,9 @@ def _question(rng: random.Random, kind: str, lang: str, split: Split) -> Item | 
 
     fixed = {kind.removesuffix("_off"): not kind.endswith("_off")} if kind in TOOL_KINDS else {}
     on = switches(rng, thoughts=True, **fixed)
+    alone = kind in TOOL_KINDS and rng.random() < 0.6  # at once a kept question, without what came before
     for _ in range(60):
-        drafts = _scene(rng, lang, on, kind, allowed)
+        drafts = _scene(rng, lang, on, kind, wanted if alone else allowed)
         while drafts and not wanted(drafts[-1].family, drafts[-1].turn.human):
             drafts.pop()
         if drafts and drafts[-1].kind == kind and all(trained(d.family, d.turn.human) for d in drafts[:-1]):

@@ -5,8 +5,9 @@ Three row formats are read and written, one JSON object a line (or a JSON array 
   MOSS}` with markers inside the texts); rounds after the first stand in keys with the suffix ` 2`, ` 3`, ` 4`;
 - `openai` and `sharegpt`: see `moss/data/messages.py`.
 
-Nothing is lost on the way: what a target cannot say goes into a side field of the row, and only that. All three go
-through `chat.Dialog`, whose `extra` carries a row's other fields (id, category) along.
+What a target cannot say goes into a side field of the row, and only that, so that our own and the released rows lose
+nothing on the way. All three go through `chat.Dialog`, whose `extra` carries a row's other fields (id, category) along.
+Rows of other projects may hold what has no place there (ids of calls, fields of single messages); `convert` counts them.
 
     moss data convert sft.jsonl --to openai -o openai.jsonl
     moss data show openai.jsonl --start 10 --count 1
@@ -43,6 +44,7 @@ from moss.chat import (
 )
 from moss.config import option
 from moss.data.messages import Row, from_openai, from_sharegpt, joined, suffix, text_of, to_openai, to_sharegpt
+from moss.errors import UsageError, plain
 from moss.tokenizer import Tokenizer
 from moss.tokenizer import load as load_tokenizer
 
@@ -137,7 +139,7 @@ def from_moss(row: Row) -> Dialog:
 def to_moss(dialog: Dialog) -> Row:
     """A row of the released format."""
     right = dialog.turns[0].edges.get("meta.right") if dialog.turns else None
-    meta = instruction(dialog) if right is None else dialog.meta + right
+    meta = instruction(dialog) if right is None or dialog.switches else dialog.meta + right
     extra = dict(dialog.extra)
     row: Row = {"conversation_id": extra.pop("conversation_id")} if "conversation_id" in extra else {}
     row |= {"meta_instruction": meta, "num_turns": extra.pop("num_turns", len(dialog.turns))}
@@ -299,10 +301,10 @@ def _write(config: Convert, out: TextIO, name: str) -> int:
     for place, row in read_rows(config.source):
         try:
             dialog = from_row(row)
-            written = to_row(dialog, config.to)
-            if from_row(written) != dialog:
+            written, kind = to_row(dialog, config.to), detect(row)
+            if from_row(written) != dialog or to_row(dialog, kind) != row:
                 changed.append(place)
-            formats[detect(row)] += 1
+            formats[kind] += 1
             out.write(json.dumps(written, ensure_ascii=False) + "\n")
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
@@ -311,11 +313,13 @@ def _write(config: Convert, out: TextIO, name: str) -> int:
     said = ", ".join(f"{count} {kind}" for kind, count in formats.items())
     print(f"{said} -> {config.to}: {name}", file=sys.stderr)
     if changed:
-        print(f"{len(changed)} do not read back exactly as they were, the first at {changed[0]}", file=sys.stderr)
+        print(f"{len(changed)} would not come back exactly as they were, the first at {changed[0]}", file=sys.stderr)
     return 0
 
 
 def _show(config: Show) -> int:
+    if config.start < 1 or config.count < 1:
+        raise UsageError(f"--start {config.start} --count {config.count}: both must be 1 or more")
     tok = load_tokenizer(config.tokenizer) if config.tokenizer else None
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     shown = 0
@@ -334,7 +338,7 @@ def _show(config: Show) -> int:
 
 def _readable(dialog: Dialog) -> Text:
     """A conversation for the eye: sections that say `None` are left out."""
-    text = Text(instruction(dialog), "dim")
+    text = Text(plain(instruction(dialog)), "dim")
     for turn in dialog.turns:
         lines = [("Human", turn.human, "cyan")]
         for item in turn.rounds:
@@ -343,7 +347,7 @@ def _readable(dialog: Dialog) -> Text:
         lines += [("MOSS" + (f" ({turn.quality})" if turn.quality is not None else ""), turn.reply, "")]
         for label, said, style in lines:
             if said != NONE:
-                text.append(f"{label}: ", "bold").append(said + "\n", style)
+                text.append(f"{label}: ", "bold").append(plain(said) + "\n", style)
     return text
 
 
@@ -352,5 +356,6 @@ def _rendered(dialog: Dialog, tok: Tokenizer, config: Show) -> Text:
     ids, mask = render(dialog, tok, loss=config.loss, max_length=config.max_length)
     text = Text()
     for learnt, run in groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
-        text.append(tok.decode((i for i, _ in run), markers=True), "underline green" if learnt else "dim")
+        shown = plain(tok.decode((i for i, _ in run), markers=True))
+        text.append(shown, "underline green" if learnt else "dim")
     return text.append(f"{len(ids)} tokens, {sum(mask)} learnt", "bold")

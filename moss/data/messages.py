@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from moss.chat import NONE, SWITCHES, Dialog, Round, Turn
+from moss.chat import NONE, QUALITIES, SWITCHES, Dialog, Round, Turn
 from moss.tools.base import Call, parse_commands
 
 Row = dict[str, Any]
@@ -93,7 +93,7 @@ def _written(split: _Calls) -> list[str]:
 
 def _around(split: _Calls) -> list[str]:
     """The text before, between and after all names and arguments."""
-    between = _usual_between(split.calls) if split.between is None else split.between
+    between = _usual_between(split.calls) if split.between is None else _texts(split.between, "between")
     num_tokens = sum(1 + len(call.args) for call in split.calls)
     if len(between) != num_tokens + 1:
         raise ValueError(f"{SIDE}: {len(between)} pieces of command text do not fit {num_tokens} names and arguments")
@@ -139,7 +139,7 @@ def _join_results(split: _Calls, contents: Sequence[str], blanks: Any) -> str:
         raise ValueError(f"{len(written)} tool calls have {len(contents)} tool messages; there must be one for each")
     if blanks == "whole":
         return contents[0]
-    blanks = _usual_blanks(split) if blanks is None else blanks
+    blanks = _usual_blanks(split) if blanks is None else _texts(blanks, "results")
     return "\n".join(f"{call} =>{blank}{text}" for call, blank, text in zip(written, blanks, contents, strict=True))
 
 
@@ -243,7 +243,8 @@ def from_openai(row: Row) -> Dialog:
     for i, group in enumerate(turns, 1):
         dialog.turns.append(_turn_from_messages(group, sides.get(f"turn_{i}", {}), f"turn {i}"))
     tools = row.get("tools")
-    names = {tool.get("function", {}).get("name") for tool in _list(tools, "tools")} if tools is not None else set()
+    functions = [tool.get("function") for tool in _list(tools, "tools")] if tools is not None else []
+    names = [function.get("name") for function in functions if isinstance(function, dict)]
     on = {key: SWITCHES[key].api.partition("(")[0] in names for key in SWITCHES}
     if tools is not None and tools != [_schema(key) for key in on if on[key]]:
         extra["tools"] = tools
@@ -263,30 +264,42 @@ def _turn_from_messages(messages: list[Row], side: Row, place: str) -> Turn:
         position += 1
         content = _content(message, place)
         thoughts = message.get("reasoning_content")
+        if thoughts is not None:
+            text_of(thoughts, f"{place}: reasoning_content")
         if message.get("tool_calls"):
             said = [part for part in (thoughts, content) if part]
             item = Round("\n".join(said) if said else NONE if thoughts is None else thoughts)
             calls = [_call(call, place) for call in _list(message["tool_calls"], f"{place}: tool_calls")]
             odd = side.get("calls" + suffix(len(turn.rounds)), {})
+            if not isinstance(odd, dict):
+                raise ValueError(f"{SIDE}: calls must be an object, not {json.dumps(odd)[:60]}")
             split = _Calls(calls, odd.get("between"), bool(odd.get("bare")))
             item.commands = _join_calls(split)
-            contents = []
+            answers = []
             while position < len(messages) and messages[position].get("role") == "tool":
-                contents.append(_content(messages[position], place))
+                answers.append(messages[position])
                 position += 1
+            contents = [_content(answer, place) for answer in _in_order(message["tool_calls"], answers)]
             item.results = _join_results(split, contents, odd.get("results"))
             turn.rounds.append(item)
             continue
         if thoughts is not None or not turn.rounds:
             k = suffix(len(turn.rounds))
-            item = Round(NONE if thoughts is None else thoughts, side.get("commands" + k, NONE))
-            item.results = side.get("results" + k, NONE)
-            turn.rounds.append(item)
+            texts = (text_of(side.get(name + k, NONE), f"{SIDE}: {name}") for name in ("commands", "results"))
+            turn.rounds.append(Round(NONE if thoughts is None else thoughts, *texts))
         if turn.reply:
             raise ValueError(f"{place}: two replies to one user message")
         turn.reply = content
     turn.rounds = turn.rounds or [Round()]
     return _take_side(turn, side)
+
+
+def _in_order(calls: Sequence[Row], answers: list[Row]) -> list[Row]:
+    """Tool messages in the order of the calls that they name; as they stand where one names none of these."""
+    ids = [call.get("id") for call in calls]
+    if any(answer.get("tool_call_id") not in ids for answer in answers):
+        return answers
+    return sorted(answers, key=lambda answer: ids.index(answer.get("tool_call_id")))
 
 
 def _call(call: Row, place: str) -> Call:
@@ -384,8 +397,18 @@ def _turn_side(turn: Turn) -> Row:
     return side | ({} if turn.rounds else {"rounds": 0})
 
 
+def _texts(value: Any, what: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{SIDE}: {what} must be a list of texts, not {json.dumps(value)[:60]}")
+    return value
+
+
 def _take_side(turn: Turn, side: Row) -> Turn:
-    turn.quality, turn.edges = side.get("quality"), dict(side.get("edges", {}))
+    turn.quality, turn.edges = side.get("quality"), side.get("edges", {})
+    if turn.quality is not None and (type(turn.quality) is not int or turn.quality not in QUALITIES):
+        raise ValueError(f"{SIDE}: quality {turn.quality!r} is none of {', '.join(map(str, QUALITIES))}")
+    if not isinstance(turn.edges, dict) or not all(isinstance(edge, str) for edge in turn.edges.values()):
+        raise ValueError(f"{SIDE}: edges must be an object of texts, not {json.dumps(turn.edges)[:60]}")
     if side.get("rounds") == 0:
         turn.rounds = []
     return turn
@@ -402,7 +425,10 @@ def _from_side(row: Row, own: Sequence[str]) -> tuple[dict[str, bool], Row, Row]
     if not isinstance(side, dict) or not all(isinstance(value, dict) for value in side.values()):
         raise ValueError(f"the field {SIDE!r} must be an object of objects")
     turns = dict(side)
-    return dict(turns.pop("switches", {})), turns, {k: v for k, v in row.items() if k not in (*own, SIDE)}
+    switches = turns.pop("switches", {})
+    if not all(isinstance(on, bool) for on in switches.values()):
+        raise ValueError(f"{SIDE}: switches must be true or false, not {json.dumps(switches)[:60]}")
+    return switches, turns, {k: v for k, v in row.items() if k not in (*own, SIDE)}
 
 
 def joined(row: Row, extra: Row) -> Row:

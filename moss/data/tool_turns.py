@@ -287,7 +287,7 @@ def _suits(rng: random.Random, drawn: Drawn) -> bool:
 def _draft(rng: random.Random, drawn: Drawn, kind: str) -> Draft:
     """The finished turn of a question that a tool answered."""
     situation, values = drawn.phrase.situation, drawn.values
-    reply = rng.choice(situation.reply).format_map(values)
+    reply = _sentence(rng.choice(situation.reply), values)
     if situation.answer:
         answer = tuple(part.format_map(values) for part in situation.answer)
     elif situation.tool == "solver" and not drawn.results:

@@ -17,6 +17,7 @@ The engine speaks token ids only. Whatever goes wrong in the thread is raised wh
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import math
 import random
@@ -182,8 +183,9 @@ class Engine:
         return request.stream
 
     def forget(self, conversation: Hashable) -> None:
-        """This conversation will not go on: its cache row may be given to others."""
-        self._post(lambda: self._cache.forget(conversation))
+        """This conversation will not go on: its cache row may be given to others. A closed engine has forgotten all."""
+        with contextlib.suppress(EngineError):
+            self._post(lambda: self._cache.forget(conversation))
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> list[float]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn
-from moss.data.curriculum import questions
+from moss.data.curriculum import TOOL_KINDS, questions
 from moss.data.family import Item
 from moss.tools.base import parse_commands
 
@@ -66,7 +66,7 @@ def scripted(name: str, lang: str, n: int, seed: int) -> list[Case]:
 
 def _of_item(name: str, kind: str, lang: str, item: Item) -> Case:
     last, dialog = item.drafts[-1], item.dialog
-    if kind == "chat":  # the tools must be at hand to be left alone
+    if kind not in TOOL_KINDS:  # the tools must be at hand to be left alone
         dialog = replace(dialog, switches=dialog.switches | {"calculator": True, "solver": True})
     commands = tuple(r.commands for r in last.turn.rounds or [Round()])
     names = tuple(sorted({call.name for text in commands for call in parse_commands(text)}))

@@ -40,8 +40,8 @@ from moss.evals.tool_cases import GSM8K, HAND, HAND_WRITTEN, LANGS, RELEASED, SC
 from moss.log import bar, note
 from moss.resolve import load, locate
 from moss.tokenizer import Tokenizer
-from moss.tools.base import Tool, parse_commands, standard_tools
-from moss.tools.run import Done, Error, Options, ToolDone, answer
+from moss.tools.base import Call, Tool, parse_commands, standard_tools
+from moss.tools.run import Command, Done, Error, Options, ToolDone, answer
 
 TOOLS_AT_ONCE = 4  # the sandbox refuses crowds; a measurement waits instead
 ALL = "all sets"
@@ -69,21 +69,32 @@ class EvalTools:
 
 @dataclass
 class Seen:
-    """What a model did with one case. `ran` holds the names of the tools that were really executed."""
+    """What a model did with one case.
+
+    `asked` are the names of all commands it wrote, those of a line that broke off included; `ran` the tools that were
+    really executed; `failed` why there is no answer, if there is none.
+    """
 
     turn: Turn
     errors: list[str] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     ran: list[str] = field(default_factory=list)
     tokens: int = 0
+    failed: str = ""
 
     @property
     def commands(self) -> list[str]:
         return [item.commands for item in self.turn.rounds]
 
     @property
+    def calls(self) -> list[Call]:
+        """The commands of all finished lines."""
+        return [call for text in self.commands for call in parse_commands(text)]
+
+    @property
     def called(self) -> set[str]:
         """Names of all tools that the model asked for, run or not."""
-        return {call.name for text in self.commands for call in parse_commands(text)}
+        return {*self.asked, *(call.name for call in self.calls)}
 
 
 # ------------------------------------------------------------------------------------------------------------ judging
@@ -95,10 +106,10 @@ def spaced(text: str) -> str:
 
 
 def holds(reply: str, answer: str) -> bool:
-    """Whether the reply holds the answer, numbers as whole numbers: 63 is neither in 163 nor in 63.5 nor in -63."""
+    """Whether the reply holds the answer, numbers whole: 63 is not in 163, 63.5, -63, 63/2, 1/63 or 63e+20."""
     reply, answer = (re.sub(r"(?<=\d),(?=\d{3})", "", text.replace("−", "-")) for text in (reply, answer))
-    left = r"(?<![\d.])(?<![^\d]-)(?<!^-)" if answer[:1].isdigit() else r"(?<!\d)" if answer[:1] == "-" else ""
-    right = r"(?!\d|\.\d)" if answer[-1:].isdigit() else ""
+    left = r"(?<![\d.])(?<!\d/)(?<![^\d]-)(?<!^-)" if answer[:1].isdigit() else r"(?<!\d)" if answer[:1] == "-" else ""
+    right = r"(?!\d|\.\d|/\d|e[+-]?\d)" if answer[-1:].isdigit() else ""
     return re.search(left + re.escape(answer) + right, reply) is not None
 
 
@@ -118,6 +129,12 @@ def refuses(reply: str) -> bool:
     return any(mark in reply for marks in REFUSAL_MARKS.values() for mark in marks)
 
 
+def right_tool(case: Case, seen: Seen) -> bool:
+    """These tools and no others, every command whole: one that broke off or cannot be read counts as wrong."""
+    whole = len(seen.asked) <= len(seen.calls) and not any(call.error for call in seen.calls)
+    return whole and seen.called == set(case.tools or ())
+
+
 def right_arguments(case: Case, seen: Seen) -> bool:
     """Every round's commands as expected; `None` rounds count for nothing."""
     expected, got = ([spaced(text) for text in texts if text != NONE] for texts in (case.commands or (), seen.commands))
@@ -133,7 +150,7 @@ def right_answer(case: Case, seen: Seen) -> bool:
 
 
 METRICS: dict[str, Callable[[Case, Seen], bool]] = {
-    "right tool": lambda case, seen: seen.called == set(case.tools or ()),
+    "right tool": right_tool,
     "arguments exact": right_arguments,
     "answer right": right_answer,
     "call without error": lambda case, seen: bool(seen.ran) and not seen.errors,
@@ -263,8 +280,10 @@ def ask(case: Case, engine: Engine, tok: Tokenizer, places: threading.Semaphore,
     for event in answer(case.dialog, engine, tok, counted(standard_tools(), seen, places), options):
         if isinstance(event, ToolDone) and not event.ok:
             seen.errors.append(event.error)
+        elif isinstance(event, Command):
+            seen.asked.append(event.name)
         elif isinstance(event, Error):
-            seen.errors.append(event.text)
+            seen.failed = event.text
         elif isinstance(event, Done):
             seen.turn, seen.tokens = event.turn, event.usage["completion_tokens"]
     return seen
@@ -291,11 +310,16 @@ def case_words(case: Case) -> str:
 
 
 def judge(case: Case, seen: Seen) -> dict[str, bool]:
-    """The verdicts on one case: those of its set, and that nothing switched off was called."""
-    names = [*targets(case.set), *NEVER]
+    """The verdicts on one case: those of its set, and that nothing switched off was called.
+
+    Where there is no answer, everything that was to be done is missed, and nothing counts as avoided.
+    """
+    wanted = targets(case.set) | NEVER
     if case.answer is None and case.number is None:
-        names = [name for name in names if name != "answer right"]
-    return {name: METRICS[name](case, seen) for name in names}
+        wanted.pop("answer right", None)
+    if seen.failed:
+        return {name: False for name, target in wanted.items() if not target.startswith("<=") and name not in ALONE}
+    return {name: METRICS[name](case, seen) for name in wanted}
 
 
 # ---------------------------------------------------------------------------------------------------------- reporting
@@ -317,6 +341,9 @@ def main(config: EvalTools) -> int:
     judged = [(case, judge(case, seen)) for case, seen in zip(cases, results)]
     rows = tally(judged)
     tokens = sum(seen.tokens for seen in results)
+    failed = [seen.failed for seen in results if seen.failed]
+    if failed:
+        note(f"{len(failed)} of {len(cases)} questions were not answered, the first because {failed[0]}")
     print_table(rows, Console() if sys.stdout.isatty() else Console(width=WIDTH))
     note(f"{len(cases)} questions, {tokens} tokens in {seconds:.0f} s ({tokens / max(seconds, 1e-9):.0f} tokens/s)")
     if config.output:
@@ -327,6 +354,8 @@ def main(config: EvalTools) -> int:
             "machine": {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.machine()},
             "seconds": round(seconds, 1),
             "tokens": tokens,
+            "questions": len(cases),
+            "unanswered": len(failed),
             "rows": rows,
         }
         publish(config.output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -348,7 +377,7 @@ def record(case: Case, seen: Seen, verdicts: Mapping[str, bool]) -> dict[str, An
         "commands": seen.commands,
         "results": [item.results for item in seen.turn.rounds],
         "reply": seen.turn.reply,
-        "errors": seen.errors,
+        "errors": [*seen.errors, *filter(None, [seen.failed])],
         "verdicts": dict(verdicts),
     }
 

@@ -152,9 +152,13 @@ def _one_period(expression: sympy.Expr, x: sympy.Symbol, roots: list[Any]) -> li
 
     SymPy gives some root of each kind; those half and quarter a period away, and the mirrored ones, are tried too.
     """
-    period = next((2 * sympy.pi / m for m in range(12, 0, -1) if _repeats(expression, x, 2 * sympy.pi / m)), None)
-    if period is None or not expression.has(*_PERIODIC):
+    rates = {sympy.Abs(part.args[0].diff(x)) for part in expression.atoms(*_PERIODIC) if part.has(x)}
+    if not rates or not roots:
         return roots
+    periods = (2 * sympy.pi / rate / m for rate in rates if not rate.has(x) for m in range(12, 0, -1))
+    period = next((period for period in periods if _repeats(expression, x, period)), None)
+    if period is None:
+        raise ExpressionError("it may have more solutions than can be listed")
     kept: dict[str, Any] = {}
     for root, mirrored, quarter in itertools.product(roots, (1, -1), range(4)):
         candidate = mirrored * root + quarter * period / 4

@@ -27,7 +27,7 @@ import inspect
 import re
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -320,9 +320,9 @@ def stream_calls(
             yield index, execute(call, tools, enabled)
         return
     with ThreadPoolExecutor(len(active), thread_name_prefix="tool") as pool:
-        futures = [pool.submit(execute, call, tools, enabled) for call in active]
-        for index, future in enumerate(futures):
-            yield index, future.result()
+        futures = {pool.submit(execute, call, tools, enabled): index for index, call in enumerate(active)}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def format_results(

@@ -35,7 +35,7 @@ FUNCTIONS: dict[str, tuple[Any, Any]] = {  # name: SymPy's, mpmath's
     **{name: (getattr(sympy, name), getattr(mpmath, name)) for name in ("sin", "cos", "tan", "asin", "acos", "atan")},
     **{f"arc{name}": (getattr(sympy, f"a{name}"), getattr(mpmath, f"a{name}")) for name in ("sin", "cos", "tan")},
     **{name: (getattr(sympy, name), getattr(mpmath, name)) for name in ("sinh", "cosh", "tanh", "exp", "sqrt")},
-    "cbrt": (sympy.cbrt, mpmath.cbrt),
+    "cbrt": (lambda x: sympy.real_root(x, 3), lambda x: mpmath.sign(x) * mpmath.cbrt(abs(x))),
     "abs": (sympy.Abs, mpmath.fabs),
     "ln": (sympy.log, mpmath.log),
     "log": (sympy.log, mpmath.log),
@@ -239,9 +239,9 @@ class _Builder:
             raise ExpressionError(f"{name} takes one argument here")
         inner, size = self.build(arguments[0])
         if name == "sqrt":
-            return _root(inner, 2, size)
-        if name == "cbrt":
-            return _root(inner, 3, size)
+            return sympy.sqrt(inner), size if inner.free_symbols else _CONSTANT
+        if name == "cbrt" and inner.free_symbols:  # SymPy's root of what may be below 0 is not the real one
+            raise ExpressionError("an unknown below a cube root is not solved here; write the equation cubed")
         return self._atom(FUNCTIONS[name][0](inner))
 
     def _atom(self, expression: Any) -> tuple[Any, _Size]:
@@ -281,10 +281,6 @@ def _bounded(expression: Any) -> Any:
     if expression.is_Rational and max(abs(expression.p), expression.q).bit_length() > MAX_BITS:
         raise ExpressionError(f"a number in it is too large; at most {MAX_BITS} bits")
     return expression
-
-
-def _root(inner: Any, n: int, size: _Size) -> tuple[Any, _Size]:
-    return sympy.Pow(inner, sympy.Rational(1, n)), size if inner.free_symbols else _CONSTANT
 
 
 def _power(base: Any, size: _Size, exponent: Any) -> tuple[Any, _Size]:

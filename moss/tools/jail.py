@@ -105,8 +105,9 @@ class JailError(OSError):
 
 def shut_in() -> dict[str, object]:
     """Take from this process, for good, what its children must not inherit; say which layers took hold."""
-    layers: dict[str, object] = {"network": _leave_network()}
-    layers["nobody"] = _drop_user()
+    layers: dict[str, object] = {"network": _unshare(0)}
+    layers["nobody"] = _drop_user()  # before a user namespace, where everybody looks like nobody
+    layers["network"] = layers["network"] or _unshare(_CLONE_NEWUSER)
     layers["no_new_privileges"] = _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
     layers["not_dumpable"] = _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0
     layers["landlock"] = _deny_files()
@@ -185,10 +186,9 @@ def address_space() -> int:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
-def _leave_network() -> bool:
+def _unshare(more: int) -> bool:
     """Move to an empty network of our own, where the system lets a process do so."""
-    flags = _CLONE_NEWNET | _CLONE_NEWIPC
-    return _libc.unshare(flags) == 0 or _libc.unshare(flags | _CLONE_NEWUSER) == 0
+    return _libc.unshare(_CLONE_NEWNET | _CLONE_NEWIPC | more) == 0
 
 
 def _drop_user() -> bool:

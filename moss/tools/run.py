@@ -40,6 +40,7 @@ from moss.tokenizer import Tokenizer
 from moss.tools.base import MAX_CALLS, Call, Outcome, Tool, format_results, parse_commands, stream_calls
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8)  # as the released models were served
+BROKEN = "the line of commands broke off, so nothing of it was run"
 PASSES = 16  # seeds set aside for one turn: more than its passes, which are at most MAX_ROUNDS + 2
 
 
@@ -324,15 +325,19 @@ class _Turn:
                 yield Thoughts(before + text if NONE.startswith(before) else text, len(self.turn.rounds))
 
     def _round(self, done: _Pass) -> Iterator[Event]:
-        """Run the commands of a pass and add its round to the turn. An unfinished line of commands is not run."""
-        commands = done.texts.get("commands", "") if done.ended else ""
-        item = Round(done.texts.get("thoughts") or NONE, commands or NONE)
+        """Run the commands of a pass and add its round to the turn. A line that broke off is shown, but never run."""
+        commands = done.texts.get("commands", "")
+        item = Round(done.texts.get("thoughts") or NONE, (commands if done.ended else "") or NONE)
         number = len(self.turn.rounds)
         self.turn.rounds.append(item)
         calls = parse_commands(commands)
         first, self.num_calls = self.num_calls, self.num_calls + len(calls)
         for index, call in enumerate(calls):
             yield Command(first + index, call.name, call.args, call.raw, number)
+        if not done.ended:
+            for index, call in enumerate(calls):
+                yield ToolDone(first + index, call.name, False, error=BROKEN)
+            return
         for index, call in enumerate(calls):
             if self._runs(index, call):
                 yield ToolStarted(first + index, call.name)

@@ -262,12 +262,15 @@ class _Loop:
         raise ToolError("the sandbox cannot start: its process ended or hung")
 
     def alive(self) -> bool:
-        return self.process.poll() is None and self.calls < RENEW_AFTER
+        """Whether it may go on; one that is at work is not renewed."""
+        return self.process.poll() is None and (self.calls < RENEW_AFTER or self.lock.locked())
 
     def ask(self, request: bytes, wall: float) -> bytes:
         with self.lock:
             self.calls += 1
             assert self.process.stdin is not None
+            if self.process.stdin.closed:  # by the call before, which outlived its time
+                raise ToolError("the sandbox ended; try again")
             try:
                 self.process.stdin.write(request + b"\n")
                 self.process.stdin.flush()

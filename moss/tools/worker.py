@@ -15,10 +15,12 @@ import gc
 import importlib
 import json
 import os
+import queue
 import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -36,12 +38,15 @@ def main(config: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
     control = socket.socket(fileno=config["control"]) if config["kind"] == "zygote" else None
     try:
-        job = load(config["target"])
         if control is None:
-            loop(job, config)
+            loop(load(config["target"]), config)
             return
         if jail is None or not hasattr(os, "fork"):
             raise OSError("this system has no fork and no seccomp")
+        signal.signal(signal.SIGALRM, lambda *_: os.getppid() == config["parent"] or os._exit(1))
+        signal.setitimer(signal.ITIMER_REAL, 0.25, 0.25)  # loading takes seconds; the loop below watches by itself
+        job = load(config["target"])
+        signal.setitimer(signal.ITIMER_REAL, 0)
         memory = jail.address_space() + config["memory"]
         parent = _watch(config["parent"])
         gc.collect()
@@ -80,13 +85,22 @@ def answer_to(job: Job, arguments: list[str]) -> bytes:
 
 def loop(job: Job, config: dict[str, Any]) -> None:
     """Answer requests one by one, in this process."""
+    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     _limit_memory(config["memory"])
     output = sys.stdout.buffer
     output.write(json.dumps({"layers": {}}).encode() + b"\n")
     output.flush()
-    for line in sys.stdin.buffer:
-        output.write(answer_to(job, json.loads(line)["arguments"]))
+    while True:
+        output.write(answer_to(job, json.loads(requests.get())["arguments"]))
         output.flush()
+
+
+def _listen(requests: queue.SimpleQueue[bytes]) -> None:
+    """Pass requests on. When they end, so does the process, even in the middle of a job: nobody is left to kill it."""
+    for line in sys.stdin.buffer:
+        requests.put(line)
+    os._exit(0)
 
 
 def _limit_memory(memory: int) -> None:
