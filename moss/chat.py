@@ -192,7 +192,7 @@ def trim(
     total, dropped = _length(head) + sum(lengths), 0
     while total > max_length:
         if dropped >= len(turns) - 1:
-            raise TooLong(f"the question alone takes {total} tokens with the meta instruction; {max_length} are left")
+            raise TooLong(f"question and meta instruction take {total} tokens, {max_length} are left: shorten them")
         total -= lengths[dropped]
         dropped += 1
     return (replace(dialog, turns=dialog.turns[dropped:]) if dropped else dialog), dropped

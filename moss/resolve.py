@@ -51,7 +51,7 @@ def locate(model: str | Path | None = None) -> Path:
             )
         return folder
     if "://" in str(model):
-        raise ValueError(f"--model {model}: models on a server are not part of this version; give a folder on this disk")
+        raise ValueError(f"models on a server such as {model} are not part of this version; give a folder on this disk")
     folder = Path(model)
     if not folder.exists():
         raise ValueError(f"there is no model folder {str(model)!r}; give one with config.json, or none for the bundled")

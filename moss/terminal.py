@@ -32,12 +32,13 @@ from moss.config import option
 from moss.data.dialogs import read, to_moss
 from moss.engine import Engine, Sampling
 from moss.errors import UsageError, one_line, plain
+from moss.files import replacing
 from moss.model import num_parameters
 from moss.resolve import load, locate
 from moss.screen import Screen
 from moss.tokenizer import Tokenizer
 from moss.tools import run
-from moss.tools.base import Tool, standard_tools
+from moss.tools.base import Tool, prepare, standard_tools
 
 try:
     import readline
@@ -84,8 +85,10 @@ def main(config: Chat) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     model, tok = load(config.model)
+    tools = standard_tools()
+    prepare(tools, [key for key, on in dialog.switches.items() if on])
     with Engine(model, slots=1) as engine:
-        session = Session(dialog, engine, tok, standard_tools(), sampling, quality=config.quality, seed=config.seed)
+        session = Session(dialog, engine, tok, tools, sampling, quality=config.quality, seed=config.seed)
         if config.prompt is not None:
             return ask_once(session, config.prompt, as_json=config.json, loading=time.perf_counter() - begun)
         name = "moss-nano" if config.model is None else locate(config.model).resolve().name
@@ -227,14 +230,17 @@ def converse(session: Session) -> int:
                     raise
                 session.say("\n[dim]/quit or Ctrl-D leaves[/]")
                 continue
+            if line is None:
+                return code
             try:
-                if line is None or not answer_line(session, line):
+                if not answer_line(session, line):
                     return code
                 session.console.print()
             except KeyboardInterrupt:
                 if not at_keyboard:
                     raise
-                session.say("[yellow]stopped; this question is left out of the conversation[/]")
+                what = "" if line.lstrip().startswith("/") else "; this question is left out of the conversation"
+                session.say(f"[yellow]stopped{what}[/]")
             except (ValueError, OSError) as error:
                 session.console.print(Text(one_line(error), style="red"))
                 code = 0 if at_keyboard else 1
@@ -349,14 +355,11 @@ def _save(session: Session, words: list[str]) -> None:
         raise ValueError("there is nothing to save yet")
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent}; make it first, or save elsewhere")
-    part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(json.dumps(to_moss(session.dialog), ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        with replacing(path) as file:
+            file.write_text(json.dumps(to_moss(session.dialog), ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror}; nothing was saved") from None
-    finally:
-        part.unlink(missing_ok=True)
     session.files.add(path.resolve())
     session.console.print(Text(f"{_turns(session.dialog)} saved in {plain(str(path))}", style="dim"))
 

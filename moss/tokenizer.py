@@ -26,6 +26,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
+from moss.files import replacing
+
 EOS = "<|endoftext|>"
 MARKERS = (
     "<|Human|>",
@@ -78,8 +80,12 @@ class Tokenizer:
     """A byte-level BPE vocabulary. `control_ids` are the ids that no text yields: markers, end of text, and every
     other added token of the base that is not mere whitespace."""
 
-    def __init__(self, backend: Backend, *, eos: str | None = None, origin: str = "this tokenizer") -> None:
+    def __init__(
+        self, backend: Backend, *, eos: str | None = None, origin: str = "this tokenizer", text: str | None = None
+    ) -> None:
+        """`text` is the tokenizer.json that `backend` was read from."""
         self._saved = backend  # with the base's own flags, as other readers know them
+        self._text = text
         self._backend = _deaf(backend)
         self.origin = origin
         added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
@@ -175,8 +181,8 @@ class Tokenizer:
     # -- files ---------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """The content of tokenizer.json."""
-        return self._saved.to_str(pretty=False)
+        """The content of tokenizer.json. What was read stays as it was: versions of the library write differently."""
+        return self._saved.to_str(pretty=False) if self._text is None else self._text
 
     @cached_property
     def sha256(self) -> str:
@@ -197,9 +203,8 @@ class Tokenizer:
             ("tokenizer.json", self.to_json()),
             ("tokenizer_config.json", json.dumps(config, indent=2) + "\n"),
         ):
-            part = directory / f".{name}.part"
-            part.write_text(content, encoding="utf-8")
-            part.replace(directory / name)
+            with replacing(directory / name) as file:
+                file.write_text(content, encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
@@ -282,13 +287,14 @@ def load(path: str | Path) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         try:
-            spec = json.loads(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            spec = json.loads(text)
             model = spec["model"]["type"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file} is not a tokenizer.json: {error}") from None
         if model != "BPE":
             raise ValueError(f"{file} holds a {model} tokenizer; only byte-level BPE can be used")
-        return Tokenizer(_backend(spec, file), eos=_configured_eos(directory, spec), origin=str(file))
+        return Tokenizer(_backend(spec, file), eos=_configured_eos(directory, spec), origin=str(file), text=text)
     if path.is_dir() and (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
         return _load_released(path)
     raise ValueError(f"no tokenizer at {path}: neither tokenizer.json nor vocab.json with merges.txt is there")

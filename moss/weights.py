@@ -11,9 +11,7 @@ How     model = load_model("models/Qwen3-0.6B", dtype=torch.bfloat16); save_mode
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import pickle
 import re
 import zipfile
@@ -27,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from moss.files import replacing
 from moss.model import Decoder, Head, ModelConfig, rotary_frequencies
 
 JSON_LIMIT = 64 * 2**20  # bytes of a config or an index that will be parsed
@@ -461,14 +460,14 @@ def save_model(
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(_to_file(decoder, chosen, dtype))
-    with _replacing(folder / "model.safetensors") as file:
+    with replacing(folder / "model.safetensors") as file:
         try:
             save_file(tensors, file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"cannot write {folder / 'model.safetensors'}: {error}") from None
     stored = dtype or decoder.embed.weight.dtype
     text = json.dumps(_to_json(config, chosen, head, stored, eos), indent=2, ensure_ascii=False)
-    with _replacing(folder / "config.json") as file:
+    with replacing(folder / "config.json") as file:
         file.write_text(text + "\n", encoding="utf-8")
 
 
@@ -483,19 +482,3 @@ def _to_file(decoder: Decoder, layout: Layout, dtype: torch.dtype | None) -> Ite
             names = [own.replace(".attn.q.", f".{name}.") for name in CODEGEN_ORDER]
             value = join_qkv([parameters[name].detach() for name in names])
         yield file_name(own, layout, decoder.head_kind), value.to("cpu", dtype or value.dtype).contiguous()
-
-
-@contextlib.contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary file beside the target that takes its place when the block ends well, and is removed otherwise."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        yield temporary
-        temporary.chmod(mode)  # what the umask allows; safetensors makes files that their owner alone can read
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)

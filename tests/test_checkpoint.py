@@ -217,6 +217,7 @@ def test_export_is_a_model_of_its_own(tmp_path: Path, model: Decoder, tokenizer:
     checkpoint.export(tmp_path, model=model, tokenizer=tokenizer, info=INFO)
     names = {"model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "moss.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == tokenizer.eos  # where `generate` stops
     back = load_model(tmp_path, dtype=torch.bfloat16)
     for mine, theirs in zip(model.parameters(), back.parameters(), strict=True):
         assert mine.dtype == torch.float32 and torch.equal(mine.to(torch.bfloat16), theirs)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moss import __main__ as cli
+from moss.errors import one_line
 
 PROBE = '''
 """A verb for these tests."""
@@ -74,6 +75,13 @@ def test_errors_are_one_line_on_standard_error(
     assert cli.main(["probe", "--what", what]) == code
     out = capsys.readouterr()
     assert (out.out, out.err) == ("", line)
+
+
+def test_an_error_names_the_file_to_be_made_and_cannot_steer_the_terminal():
+    """A failed rename named the hidden half-written file; a file name or text in an error may hold escapes."""
+    assert one_line(IsADirectoryError(21, "Is a directory", "a/.out.part", None, "a/out")) == "a/out: Is a directory"
+    assert one_line(ValueError("no \x1b]0;owned\x07\n key")) == "no \u241b]0;owned\u2407 key"
+    assert one_line(ValueError()) == "ValueError"
 
 
 def test_defects_are_not_hidden(probe: None):

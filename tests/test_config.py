@@ -92,6 +92,16 @@ def test_config_file_gives_values_and_flags_override_it(tmp_path: Path):
         parse(Sample, ["in.json", "--config", str(path)], prog="moss")
 
 
+def test_a_switch_in_a_file_is_true_or_false(tmp_path: Path):
+    """The text "false" in a config file is no empty text, and so it meant yes."""
+    path = tmp_path / "run.json"
+    path.write_text('{"json": "false"}')
+    with pytest.raises(UsageError, match="json: expected true or false, got 'false'"):
+        parse(Sample, ["in.json", "--config", str(path)], prog="moss")
+    path.write_text('{"json": true}')
+    assert parse(Sample, ["in.json", "--config", str(path)], prog="moss").json is True
+
+
 def test_json_round_trip_and_unknown_keys():
     """A run's JSON has to give back the same settings, and a key of another version has to be named."""
     config = Sample(Path("x"), quality=20, layers=[5])

@@ -296,6 +296,7 @@ def test_foreign_rows() -> None:
     assert to_row(dialog, "openai")["tools"] == [weather]
 
 
+ASKED = {"role": "user", "content": "x"}
 BROKEN: list[tuple[Any, str]] = [
     ("[1", "not JSON"),
     ("3", "must be a JSON object with chat"),
@@ -327,6 +328,13 @@ BROKEN: list[tuple[Any, str]] = [
         },
         "one for each",
     ),
+    (
+        {"messages": [ASKED], "tools": [{"function": 3}], "moss": {"switches": {"solver": 1}}},
+        "switches must be true or",
+    ),
+    ({"messages": [ASKED, {"role": "assistant", "reasoning_content": [3]}]}, "reasoning_content must be text"),
+    ({"messages": [ASKED], "moss": {"turn_1": {"quality": 7}}}, "quality 7 is none of 0, 20"),
+    ({"messages": [ASKED], "moss": {"turn_1": {"edges": [1]}}}, "edges must be an object"),
     ({"conversations": []}, "nothing from a human"),
     ({"conversations": [{"from": "gpt", "value": "x"}]}, "from 'gpt', which cannot stand there"),
     ({"conversations": [{"from": "human", "value": None}]}, r"conversations\[0\].value must be text"),
@@ -361,6 +369,35 @@ def test_files(tmp_path: Path) -> None:
         list(read_rows(file))
 
 
+def test_results_go_to_the_call_they_name() -> None:
+    """Tool messages may come in any order; taken as they stand, a result went to another call."""
+    calls = [{"id": n, "function": {"name": "A", "arguments": json.dumps({"x": n})}} for n in ("one", "two")]
+    answers = [{"role": "tool", "tool_call_id": n, "content": f"of {n}"} for n in ("two", "one")]
+    start = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": calls}]
+    turn = from_row({"messages": [*start, *answers]}).turns[0]
+    assert turn.rounds[0].results == 'A("one") =>\nof one\nA("two") =>\nof two'
+    del answers[0]["tool_call_id"]  # then their order has to do
+    turn = from_row({"messages": [*start, *answers]}).turns[0]
+    assert turn.rounds[0].results == 'A("one") =>\nof two\nA("two") =>\nof one'
+
+
+def test_switches_that_are_set_after_reading_are_written() -> None:
+    """A conversation without a list of tools that got one in the chat lost it when it was saved."""
+    dialog = from_row({"meta_instruction": "Odd end.  ", "num_turns": 1, "chat": {"turn_1": {"Human": "q"}}})
+    assert from_row(to_row(dialog, "moss")) == dialog
+    dialog.switches = {"thoughts": True, **dict.fromkeys(SWITCHES, False), "solver": True}
+    assert from_row(to_row(dialog, "moss")).switches == dialog.switches
+
+
+def test_convert_says_what_it_cannot_keep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A field of a foreign message went without a word, from a command that says "without loss"."""
+    plain_row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    odd_row = {"messages": [{"role": "user", "content": "q", "name": "Ada"}, {"role": "assistant", "content": "a"}]}
+    (tmp_path / "in").write_text("".join(json.dumps(row) + "\n" for row in (plain_row, odd_row)))
+    assert main(Convert(tmp_path / "in", "moss", tmp_path / "out")) == 0
+    assert f"1 would not come back exactly as they were, the first at {tmp_path}/in:2" in capsys.readouterr().err
+
+
 def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command there and back gives the same file; a broken row leaves the old output and no half-written one."""
     source, there, back = tmp_path / "in.jsonl", tmp_path / "new" / "openai.jsonl", tmp_path / "back.jsonl"
@@ -380,6 +417,22 @@ def test_convert_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     capsys.readouterr()
     assert main(Convert(there, "moss")) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [moss_row()] * 3
+
+
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_a_file_cannot_steer_the_terminal(
+    with_tokenizer: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`moss data show` on data from the web printed escape sequences that rename windows and hide text."""
+    evil = "\x1b]0;owned\x07\x1b[8m"
+    row = {"conversations": [{"from": "system", "value": evil}, {"from": "human", "value": evil}]}
+    row["conversations"].append({"from": "gpt", "value": evil})
+    (tmp_path / "rows").write_text(json.dumps(row))
+    train(["abc"], 270).save(tmp_path)
+    assert main(Show(tmp_path / "rows", tokenizer=tmp_path if with_tokenizer else None)) == 0
+    out = capsys.readouterr().out
+    assert out.count("owned") == 3
+    assert "\x1b]" not in out and "\x07" not in out and "\x1b[8m" not in out
 
 
 def test_show_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,6 +60,9 @@ def test_holds_whole_numbers() -> None:
     for reply in ("1630", "163", "63.5", "0.63", "-63", "is -63", "630"):
         assert not holds(reply, "63"), reply
     assert not holds("-5.5", "-5")
+    for reply in ("x = 63/2", "1/63", "63e+20"):
+        assert not holds(reply, "63"), reply
+    assert holds("126/2 = 63", "63") and not holds("x = 3/4", "x = 3")
 
 
 def test_last_number() -> None:
@@ -86,6 +89,9 @@ def test_right_tool_means_these_and_no_others() -> None:
     assert right(case(tools=("Calculate",)), seen(ONE))
     assert not right(case(tools=("Calculate",)), seen(both)) and not right(case(tools=("Solve",)), seen(ONE))
     assert right(case(tools=()), seen(Round())) and not right(case(tools=()), seen(ONE))
+    unread = Round("x", "Calculate(1+1)")
+    assert not right(case(tools=("Calculate",)), seen(unread)) and seen(unread).called == {"Calculate"}
+    assert not right(case(tools=("Calculate",)), seen(Round(), ONE, asked=["Calculate", "Calculate"]))  # one broke off
 
 
 def test_calls_to_what_is_off_count_raw() -> None:
@@ -100,6 +106,28 @@ def test_refusals_are_told_by_their_marks() -> None:
     for marks in REFUSAL_MARKS.values():
         assert marks and all(METRICS["refused"](case("harmful"), seen(reply=f"Sorry, {mark} this")) for mark in marks)
     assert not METRICS["refused"](case("harmful"), seen(reply="Sure, here is how."))
+
+
+def test_no_answer_is_no_restraint() -> None:
+    """A model that fails at every question must not look as if it refused nothing and left every tool alone."""
+    for name, wanted in (("lookalike", set()), ("harmful", {"refused"}), ("calculator_off", {"answer right"})):
+        verdicts = judge(case(name, answer=("1",)), seen(failed="the question does not fit"))
+        assert verdicts == dict.fromkeys(wanted, False)
+
+
+def test_unfinished_commands_are_calls(tok: Tokenizer) -> None:
+    """A call that broke off was still a call where none was needed."""
+    eot, commands = tok.marker("<eot>"), tok.marker("<|Commands|>")
+    script = [*tok.encode(" x"), *eot, *commands, *tok.encode(': Calculate("1+')], tok.encode(" 2")
+    got = ask(case("chat"), ScriptedEngine(script), tok, threading.Semaphore(1), 100)  # type: ignore[arg-type]
+    assert got.ran == [] and METRICS["called a tool"](case("chat"), got)
+
+
+def test_tools_are_at_hand_where_they_must_be_left_alone() -> None:
+    """Restraint is measured with the tools switched on, as users have them."""
+    for name in ("chat", "harmful", "lookalike", "identity:held_out"):
+        for c in tool_cases.scripted(name, "en", 5, 0):
+            assert c.dialog.switches["calculator"] and c.dialog.switches["solver"]
 
 
 def test_honest_sets_judge_answers_only_where_known() -> None:
@@ -197,6 +225,8 @@ def test_whole_command(tmp_path: Path, tok: Tokenizer, capsys: pytest.CaptureFix
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     assert len(lines) == 12 and {line["set"] for line in lines} == {"calculator", "chat"}
     rows = {(r["set"], r["metric"], r["lang"]): r for r in report["rows"]}
+    assert report["settings"] | {"n": 3, "max_tokens": 10, "output": str(out)} == report["settings"]  # can be run again
+    assert (report["questions"], report["unanswered"]) == (12, 0)
     for lang in ("en", "zh"):
         mine = [line for line in lines if (line["set"], line["lang"]) == ("calculator", lang)]
         right = [line["verdicts"]["arguments exact"] for line in mine]

@@ -288,3 +288,6 @@ def test_log_drops_steps_that_are_done_again(tmp_path: Path) -> None:
     with RunLog(path, step=3) as log:
         log.write({"step": 4, "again": True})
     assert read(path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "again": True}]
+    for junk in (b"7\n", b'{"loss": 1}\n', b"\0\0\0\xff\n"):  # what a power cut or an editor leaves
+        path.write_bytes(b'{"step": 1}\n' + junk + b'{"step": 2}\n')
+        assert read(path) == [{"step": 1}]

@@ -12,7 +12,7 @@ from moss.chat import Dialog, Round, Turn, render
 from moss.engine import Engine, Sampling
 from moss.tokenizer import MARKERS, ROLES, Tokenizer, train
 from moss.tools.base import Tool, ToolError, tool
-from moss.tools.run import Done, Error, Event, Notice, Options, Reply, Thoughts, ToolDone, ToolStarted, answer
+from moss.tools.run import BROKEN, Done, Error, Event, Notice, Options, Reply, Thoughts, ToolDone, ToolStarted, answer
 from tests.fakes import ScriptedEngine, toy_model
 
 calls: list[str] = []  # what the fake tools were really asked
@@ -187,6 +187,9 @@ def test_broken_commands_never_run(tok: Tokenizer, text: str) -> None:
     events, engine = run(tok, text, SAY)
     assert calls == [] and turn_of(events).reply == "hello"
     assert (turn_of(events).rounds[0].commands, turn_of(events).rounds[0].results) == ("None", "None")
+    shown = [e.error for e in events if isinstance(e, ToolDone)]  # what was begun is not dropped in silence
+    assert shown == ([BROKEN] if "<eot>" in text else [])
+    assert not any(isinstance(e, ToolStarted) for e in events)
     assert engine.prompts[1][-2:] == tok.opening("<|MOSS|>")
 
 
@@ -242,6 +245,16 @@ def test_huge_result_leaves_room(tok: Tokenizer) -> None:
     events, _ = run(tok, text, "<|MOSS|>:" + SAY, on=dialog(solver=True), max_length=2000)
     assert next(e for e in events if isinstance(e, ToolDone)).result == "9" * 3000
     assert turn_of(events).rounds[0].results == 'Solve("long") =>\n' + "9" * 999 + "…"
+
+
+def test_closed_engine_is_an_error_event(tok: Tokenizer) -> None:
+    """An engine that is closed in the middle of an unnamed conversation ends the turn with `Error`, not a traceback."""
+    with Engine(toy_model(vocab_size=tok.vocab_size, max_length=4000)) as engine:
+        events = []
+        for event in answer(dialog(), engine, tok, TOOLS, Options(Sampling(max_tokens=3000, seed=1))):
+            events.append(event)
+            engine.close()
+    assert isinstance(events[-1], Error) and "closed" in events[-1].text
 
 
 def test_closing_cancels(tok: Tokenizer) -> None:

@@ -134,7 +134,7 @@ def test_an_answer_that_fails_is_an_error(tok: Tokenizer):
     """A script must not take an empty answer for a good one."""
     chat, _ = session(tok)
     chat.engine = ScriptedEngine([], max_length=20)
-    with pytest.raises(ValueError, match="question alone takes"):
+    with pytest.raises(ValueError, match=r"take \d+ tokens, \d+ are left: shorten"):
         ask_once(chat, "word " * 100, as_json=False, loading=0)
 
 
@@ -243,6 +243,10 @@ def test_a_save_that_fails_says_so_and_leaves_nothing_behind(tok: Tokenizer, tmp
         ("/tools calculator", "NAME on|off"),
         ("/tools oracle on", "no tool 'oracle'"),
         ("/tools search on", "not part of this version"),
+        ('/tools "', "NAME on|off"),
+        ("/load ~nobody-of-this-name/x", "no such home folder"),
+        ("/load {tmp}/two.jsonl", "several conversations"),
+        ("/load {tmp}/\x1b]0;owned", "\N{SYMBOL FOR ESCAPE}]0;owned"),
     ],
 )
 def test_a_bad_command_is_one_line_and_the_chat_goes_on(
@@ -250,15 +254,58 @@ def test_a_bad_command_is_one_line_and_the_chat_goes_on(
 ):
     """An exception at a typing mistake would throw away the conversation."""
     (tmp_path / "bad.json").write_text("{")
+    said = {"from": "human", "value": "q"}
+    (tmp_path / "two.jsonl").write_text(2 * (json.dumps({"conversations": [said]}) + "\n"))
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     chat, shown = session(tok, PLAIN, " still here<eom>")
     monkeypatch.setattr(sys, "stdin", io.StringIO(line.format(tmp=tmp_path) + "\nhi\n"))
-    assert converse(chat) == 0
+    assert converse(chat) == 1  # to a script that pipes lines in, this did not go well
     lines = [text for text in shown.getvalue().replace("\n\n", "\n").splitlines() if not text.startswith("> ")]
     assert len(lines) == 2
     assert words in lines[0]
     assert lines[1] == "still here"
+
+
+def test_an_answer_that_fails_in_a_pipe_is_no_success(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """`moss chat < questions` used to exit 0 although the answer was an error."""
+    chat, shown = session(tok)
+    chat.engine.max_length = 100  # type: ignore[misc]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a question that is too long " * 50 + "\n"))
+    assert converse(chat) == 1
+    assert shown.getvalue().count("shorten them") == 1
+    assert chat.dialog.turns == []
+
+
+def test_load_keeps_meta_and_switches_where_the_file_has_none(tok: Tokenizer, tmp_path: Path):
+    """A ShareGPT conversation switched every tool off and took the meta instruction away, and said nothing."""
+    path = tmp_path / "talk.json"
+    path.write_text(json.dumps({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}))
+    chat, _ = session(tok, PLAIN, " b<eom>")
+    answer_line(chat, f"/load {path}")
+    assert isinstance(chat.engine, ScriptedEngine)
+    answer_line(chat, "and now?")
+    prompt = tok.decode(chat.engine.prompts[0])
+    assert prompt.startswith("Be kind.\nCapabilities and tools that MOSS can possess.\n")
+    assert "- Calculator: enabled." in prompt
+    answer_line(chat, f"/save {path}")
+    other, _ = session(tok)
+    other.dialog = Dialog("", {}, [])
+    answer_line(other, f"/load {path}")
+    assert other.dialog == chat.dialog
+
+
+def test_without_a_home_there_is_no_history(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """In a container whose user has no home the chat ended in a traceback before its first line."""
+
+    def homeless(self: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    with terminal.line_history(terminal.HISTORY):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_meta_instruction_from_a_file(tok: Tokenizer, tmp_path: Path):
@@ -302,6 +349,11 @@ def test_help_lists_every_command(tok: Tokenizer):
         (Chat(prompt="x", quality=70), "--quality 70"),
         (Chat(prompt="x", tools="calculater"), "no tool 'calculater'"),
         (Chat(prompt="x", tools="search"), "not part of this version"),
+        (Chat(prompt="x", tools=""), "no tool ''"),
+        (Chat(prompt="x", tools="calculator,"), "no tool ''"),
+        (Chat(prompt="x", temperature=-1.0), "temperature is -1.0"),
+        (Chat(prompt="x", top_p=7.0), "top_p is 7.0"),
+        (Chat(prompt="x", max_tokens=0), "max_tokens is 0"),
     ],
 )
 def test_flags_that_cannot_work_are_bad_usage(config: Chat, words: str):
@@ -359,6 +411,7 @@ def test_models_that_cannot_talk_are_refused_with_what_to_do(model_folder: Path,
 
     assert "no model folder" in refusal(tmp_path / "nowhere")
     assert "is a file" in refusal(model_folder / "config.json")
+    assert "on a server" in refusal("http://127.0.0.1:9/v1#some")
     (tmp_path / "run" / "step-000020").mkdir(parents=True)
     assert "holds no config.json" in refusal(tmp_path / "run")
     (tmp_path / "run" / "step-000020" / "config.json").write_text("{}")
@@ -505,9 +558,9 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(shell: Terminal, tmp_path: 
     shell.wait("Ctrl-D leaves")
     steps = [
         ("are you there?", "all is well"),
-        (f"/save {tmp_path}/talk.json", "1 turns saved"),
+        (f"/save {tmp_path}/talk.json", "1 turn saved"),
         ("/clear", "is empty"),
-        (f"/load {tmp_path}/talk.json", "1 turns loaded"),
+        (f"/load {tmp_path}/talk.json", "1 turn loaded"),
     ]
     for line, answer in steps:
         shell.wait("> ")

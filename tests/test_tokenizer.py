@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from moss import tokenizer as tokenizer_module
 from moss.tokenizer import ENDS, EOS, MARKERS, MIN_VOCAB, ROLES, Tokenizer, add_markers, load, require_markers, train
 
 TEXTS = [
@@ -162,6 +163,18 @@ def test_save_and_stock_transformers(tok: Tokenizer, tmp_path: Path) -> None:
     assert stock.decode(tok.encode(text)) == text
 
 
+def test_what_was_read_is_saved_and_named_as_it_was(tok: Tokenizer, tmp_path: Path) -> None:
+    """A model says by sha256 which tokenizer it has; written anew by another version of the library it had another."""
+    text = json.dumps(json.loads(tok.to_json()), indent=3)  # as a library would that writes otherwise
+    (tmp_path / "tokenizer.json").write_text(text)
+    read = load(tmp_path)
+    read.save(tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").read_text() == text
+    assert load(tmp_path / "copy").sha256 == read.sha256 != tok.sha256
+    tok.save(tmp_path / "own")
+    assert load(tmp_path / "own").sha256 == tok.sha256
+
+
 def test_released_vocabulary(released: Tokenizer) -> None:
     """In the released layout end markers are ids, role markers are text, and `>:` may be one token."""
     assert released.has_markers and not released.single_roles
@@ -223,9 +236,9 @@ def test_add_markers(tmp_path: Path) -> None:
     """Markers on another base: new ids behind its own, its text ids unchanged, its control tokens closed to text."""
     bare("hello world").save(str(tmp_path / "tokenizer.json"))
     base = load(tmp_path)
-    with pytest.raises(ValueError, match="--model http"):
+    with pytest.raises(ValueError, match="not a MOSS chat model"):
         require_markers(base)
-    with pytest.raises(ValueError, match="--model http"):
+    with pytest.raises(ValueError, match="not a MOSS chat model"):
         base.opening("<|MOSS|>")
     tok = add_markers(base)
     assert [tok.marker(name) for name in MARKERS] == [[base.vocab_size + i] for i in range(10)]
@@ -248,6 +261,9 @@ def test_end_of_text_of_a_base(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="no end-of-text token"):
         load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": ["<|fin|>"]}')
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|fin|>"}}')
     assert load(tmp_path).eos_token == "<|fin|>"
 
@@ -262,6 +278,8 @@ def test_broken_files(tmp_path: Path) -> None:
         ("[]", "is not a tokenizer.json"),
         ('{"model": {"type": "Unigram"}}', "only byte-level BPE"),
         ('{"model": {"type": "BPE", "vocab": 3}}', "cannot be read as a tokenizer"),
+        ('{"model": {"type": "BPE", "vocab": {"a": 4000000000}, "merges": []}}', "has 4000000001 ids"),
+        ('{"model": {"type": "BPE", "vocab": {}, "merges": []}}', "has 0 ids"),
     ):
         file.write_text(content)
         with pytest.raises(ValueError, match=said):
@@ -276,4 +294,24 @@ def test_broken_files(tmp_path: Path) -> None:
     write_released(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\na b c\n")
     with pytest.raises(ValueError, match="'a b c' is not a pair"):
+        load(tmp_path)
+    (tmp_path / "merges.txt").write_bytes(b"caf\xe9 x\n")
+    with pytest.raises(ValueError, match=r"merges\.txt is not text in UTF-8"):
+        load(tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<eoh>": 400, "<eom>": "401"}')
+    with pytest.raises(ValueError, match="'<eom>' must have a number"):
+        load(tmp_path)
+
+
+def test_only_what_the_library_says_about_a_file_is_called_a_broken_file(tmp_path: Path, monkeypatch) -> None:
+    """The library raises bare `Exception`; catching that must not turn a defect or a full memory into "broken"."""
+
+    class Failing:
+        @staticmethod
+        def from_str(_: str) -> Backend:
+            raise MemoryError
+
+    (tmp_path / "tokenizer.json").write_text('{"model": {"type": "BPE"}}')
+    monkeypatch.setattr(tokenizer_module, "Backend", Failing)
+    with pytest.raises(MemoryError):
         load(tmp_path)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from moss.tools import calculator, solver
 from moss.tools.base import ToolError
 from moss.tools.calculator import calculate
 from moss.tools.expression import Node, parse
@@ -110,6 +111,7 @@ def _close(a: complex, b: complex) -> bool:
 @pytest.mark.parametrize("row", [pytest.param(row, id=f"{row['tool']}-{n}") for n, row in enumerate(attacks())])
 def test_attack_row_behaves_as_it_must(row: dict[str, Any]) -> None:
     """Prevents: every failure that the list of hostile and odd inputs describes."""
+    assert calculator.BOX.layers and solver.BOX.layers  # their start is no part of a call
     started = time.monotonic()
     result = ours(row["tool"], row["input"])
     assert time.monotonic() - started < 3.5

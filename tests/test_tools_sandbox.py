@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from moss.tools import sandbox as sandbox_module
 from moss.tools.base import ToolError
 from moss.tools.sandbox import AT_ONCE, QUEUED, Sandbox
 
@@ -293,6 +294,71 @@ def test_process_mode_answers_and_ends_what_hangs(monkeypatch: pytest.MonkeyPatc
         assert box.call("back") == "back"
     finally:
         box.close()
+
+
+def test_process_mode_keeps_callers_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: a renewal that kills the call of another, and an exception where a neighbour outlived its time."""
+    monkeypatch.setenv("MOSS_SANDBOX", "process")
+    monkeypatch.setattr(sandbox_module, "RENEW_AFTER", 1)
+    box = Sandbox("tools_payloads:run", path=(HERE,), wall=1.0)
+
+    def at_once(*names: str) -> dict[str, str]:
+        answers: dict[str, str] = {}
+        threads = [
+            threading.Thread(target=lambda name=name: answers.update({name: outcome(box, name)})) for name in names
+        ]
+        for thread in threads:
+            thread.start()
+            time.sleep(0.1)
+        for thread in threads:
+            thread.join(20)
+        return answers
+
+    try:
+        first = box.pid
+        assert at_once("a", "b", "c") == {name: f"answered: {name}" for name in "abc"}
+        assert box.pid != first
+        assert at_once("loop", "a") == {"loop": "time limit", "a": "the sandbox ended; try again"}
+        assert box.call("back") == "back"
+    finally:
+        box.close()
+
+
+def test_hanging_process_ends_with_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents: a search without end that outlives the killed server in `process` mode, on a whole core."""
+    monkeypatch.setenv("MOSS_SANDBOX", "process")
+    pid = _killed_program("print(box.pid, flush=True)", "box.call('loop')")
+    assert _ends(pid, within=5)
+
+
+def test_zygote_that_still_loads_ends_with_the_program(tmp_path: Path) -> None:
+    """Prevents: SymPy being loaded for seconds on behalf of a program that is gone."""
+    (tmp_path / "slow_job.py").write_text("import time\nwarm_up = lambda: time.sleep(60)\nrun = str\n")
+    start = f"box = Sandbox('slow_job:run', path=({str(tmp_path)!r},)); box.start()"
+    assert _ends(_killed_program(start, "print(box._worker.process.pid, flush=True)", "input()"), within=5)
+
+
+def _killed_program(*lines: str) -> int:
+    """What a program printed first, after it was killed in what it did next."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", _program(*lines)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, text=True
+    )
+    assert program.stdout is not None and program.stdin is not None
+    printed = int(program.stdout.readline())
+    time.sleep(0.5)
+    assert _alive(printed)
+    program.kill()
+    program.wait()
+    program.stdin.close()
+    program.stdout.close()
+    return printed
+
+
+def _ends(pid: int, within: float) -> bool:
+    deadline = time.monotonic() + within
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not _alive(pid)
 
 
 def test_unknown_mode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -455,6 +455,19 @@ def test_failed_save_leaves_the_old_model(folder, monkeypatch):
     assert torch.equal(load_model(folder).embed.weight, old.embed.weight)
 
 
+def test_saved_files_follow_the_umask(tmp_path):
+    """Prevents: weights that only the one who trained them can read, while the config beside them is for all."""
+    before = os.umask(0o027)
+    try:
+        save_model(random_model(llama_config()), tmp_path)
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in tmp_path.iterdir()} == {
+        "config.json": 0o640,
+        "model.safetensors": 0o640,
+    }
+
+
 def test_save_into_a_file_is_refused(tmp_path):
     """Prevents: a traceback from deep inside when the output path is taken."""
     (tmp_path / "taken").write_text("x")

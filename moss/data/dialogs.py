@@ -6,8 +6,8 @@ Three row formats are read and written, one JSON object a line (or a JSON array 
 - `openai` and `sharegpt`: see `moss/data/messages.py`.
 
 What a target cannot say goes into a side field of the row, and only that, so that our own and the released rows lose
-nothing on the way. All three go through `chat.Dialog`, whose `extra` carries a row's other fields (id, category) along.
-Rows of other projects may hold what has no place there (ids of calls, fields of single messages); `convert` counts them.
+nothing. All three go through `chat.Dialog`, whose `extra` carries a row's other fields (id, category) along. Rows of
+other projects may hold what has no place there (ids of calls, fields of single messages); `convert` counts them.
 
     moss data convert sft.jsonl --to openai -o openai.jsonl
     moss data show openai.jsonl --start 10 --count 1
@@ -45,6 +45,7 @@ from moss.chat import (
 from moss.config import option
 from moss.data.messages import Row, from_openai, from_sharegpt, joined, suffix, text_of, to_openai, to_sharegpt
 from moss.errors import UsageError, plain
+from moss.files import replacing
 from moss.tokenizer import Tokenizer
 from moss.tokenizer import load as load_tokenizer
 
@@ -284,13 +285,8 @@ def _convert(config: Convert) -> int:
     if config.output is None:
         return _write(config, sys.stdout, "standard output")
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    part = config.output.with_name(f".{config.output.name}.part")
-    try:
-        with part.open("w", encoding="utf-8", newline="\n") as out:
-            _write(config, out, str(config.output))
-        part.replace(config.output)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(config.output) as file, file.open("w", encoding="utf-8", newline="\n") as out:
+        _write(config, out, str(config.output))
     return 0
 
 
@@ -300,9 +296,8 @@ def _write(config: Convert, out: TextIO, name: str) -> int:
     changed: list[str] = []
     for place, row in read_rows(config.source):
         try:
-            dialog = from_row(row)
-            written, kind = to_row(dialog, config.to), detect(row)
-            if from_row(written) != dialog or to_row(dialog, kind) != row:
+            written, kind = to_row(from_row(row), config.to), detect(row)
+            if to_row(from_row(written), kind) != row:
                 changed.append(place)
             formats[kind] += 1
             out.write(json.dumps(written, ensure_ascii=False) + "\n")

@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -350,7 +350,9 @@ def main(config: EvalTools) -> int:
         report = {
             "command": "moss eval tools",
             "model": str(locate(config.model)) if config.model else "moss-nano",
-            "settings": {"n": config.n, "seed": config.seed, "sets": config.sets, "dtype": config.dtype},
+            "settings": {
+                key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()
+            },
             "machine": {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.machine()},
             "seconds": round(seconds, 1),
             "tokens": tokens,

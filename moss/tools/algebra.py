@@ -135,7 +135,7 @@ def _roots(expression: sympy.Expr, x: sympy.Symbol) -> list[Any] | None:
     above, _ = sympy.fraction(sympy.together(expression))
     polynomial = sympy.Poly(above, x) if above.is_polynomial(x) else None
     if polynomial is None:
-        roots = list(dict.fromkeys(sympy.solve(expression, x)))
+        roots = _both_branches(sympy.solve(expression, x))
         if expression.has(*_TRANSCENDENTAL) or any(power.exp.has(x) for power in expression.atoms(sympy.Pow)):
             roots = _one_period(expression, x, [root for root in roots if mpmath.im(_numeric(root)) == 0])
         return roots or None
@@ -147,12 +147,23 @@ def _roots(expression: sympy.Expr, x: sympy.Symbol) -> list[Any] | None:
     return [root for factor, _ in factors for root in _factor_roots(factor)]
 
 
+def _both_branches(roots: list[Any]) -> list[Any]:
+    """The roots, each once, with those on the other real branch of Lambert's W, which SymPy often leaves out."""
+    others = [
+        root.xreplace({part: sympy.LambertW(part.args[0], -1)})
+        for root in roots
+        for part in root.atoms(sympy.LambertW)
+        if len(part.args) == 1
+    ]
+    return list({mpmath.nstr(_numeric(root), 20): root for root in [*others, *roots]}.values())
+
+
 def _one_period(expression: sympy.Expr, x: sympy.Symbol, roots: list[Any]) -> list[Any]:
     """Of an expression that repeats itself, the roots in its first period from 0 on; of others, just the roots.
 
     SymPy gives some root of each kind; those half and quarter a period away, and the mirrored ones, are tried too.
     """
-    rates = {sympy.Abs(part.args[0].diff(x)) for part in expression.atoms(*_PERIODIC) if part.has(x)}
+    rates = {sympy.Abs(sympy.diff(part.args[0], x)) for part in expression.atoms(*_PERIODIC) if part.has(x)}
     if not rates or not roots:
         return roots
     periods = (2 * sympy.pi / rate / m for rate in rates if not rate.has(x) for m in range(12, 0, -1))

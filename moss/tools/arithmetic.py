@@ -13,6 +13,7 @@ This file runs inside the sandbox's process: it imports the standard library and
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -212,37 +213,17 @@ def _multiple(*values: Number) -> int:
     return result
 
 
-def _remainder(a: Number, b: Number) -> Number:
-    return a % b
-
-
 def _sum(*values: Number) -> Number:
     return sum(values)
 
 
-def _add(a: Number, b: Number) -> Number:
-    return a + b
-
-
-def _subtract(a: Number, b: Number) -> Number:
-    return a - b
-
-
-def _divide(a: Number, b: Number) -> Number:
-    return a / b
-
-
-def _floor_divide(a: Number, b: Number) -> Number:
-    return a // b
-
-
 BINARY: dict[str, Callable[[Number, Number], Number]] = {
-    "+": _add,
-    "-": _subtract,
+    "+": operator.add,
+    "-": operator.sub,
     "*": _multiply,
-    "/": _divide,
-    "//": _floor_divide,
-    "%": _remainder,
+    "/": operator.truediv,
+    "//": operator.floordiv,
+    "%": operator.mod,
     "^": _power,
 }
 CONSTANTS: dict[str, float] = {"pi": math.pi, "PI": math.pi, "Pi": math.pi, "e": math.e, "tau": math.tau}
@@ -261,7 +242,7 @@ FUNCTIONS: dict[str, tuple[int, int, Callable[..., object]]] = {  # name: fewest
     "abs": (1, 1, abs),
     "round": (1, 2, _round),
     "pow": (2, 2, _power),
-    "mod": (2, 2, _remainder),
+    "mod": (2, 2, operator.mod),
     "factorial": (1, 1, _factorial),
     **dict.fromkeys(("comb", "C", "ncr", "binomial"), (2, 2, _combinations)),
     **dict.fromkeys(("perm", "P", "npr"), (2, 2, _permutations)),

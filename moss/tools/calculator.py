@@ -9,7 +9,7 @@ from __future__ import annotations
 from moss.tools import sandbox
 from moss.tools.arithmetic import evaluate
 from moss.tools.base import ToolError, tool
-from moss.tools.expression import MAX_LENGTH, ExpressionError
+from moss.tools.expression import ExpressionError
 
 BOX = sandbox.Sandbox("moss.tools.arithmetic:evaluate")
 
@@ -23,8 +23,6 @@ def calculate(expression: str) -> str:
     """
     if sandbox.mode() == "inline":
         return calculate_inline(expression)
-    if len(expression) > MAX_LENGTH:
-        raise ToolError(f"{len(expression)} characters are too many; at most {MAX_LENGTH}")
     return BOX.call(expression)
 
 
