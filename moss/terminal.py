@@ -85,15 +85,14 @@ def main(config: Chat) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from None
     model, tok = load(config.model)
-    tools = standard_tools()
-    prepare(tools, [key for key, on in dialog.switches.items() if on])
     with Engine(model, slots=1) as engine:
-        session = Session(dialog, engine, tok, tools, sampling, quality=config.quality, seed=config.seed)
+        session = Session(dialog, engine, tok, standard_tools(), sampling, quality=config.quality, seed=config.seed)
         if config.prompt is not None:
             return ask_once(session, config.prompt, as_json=config.json, loading=time.perf_counter() - begun)
         name = "moss-nano" if config.model is None else locate(config.model).resolve().name
         size = f"{num_parameters(model.config) / 1e6:.1f}M parameters"
         session.say(f"[bold]{escape(name)}[/], {size}. /help lists commands, /quit leaves.")
+        prepare(session.tools, [key for key, on in dialog.switches.items() if on])  # while the first question is typed
         return converse(session)
 
 

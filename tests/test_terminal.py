@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -371,6 +372,18 @@ def test_tools_flag():
         "calculator",
         "solver",
     ]
+
+
+def test_tools_are_started_while_the_first_question_is_typed(model_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """The first equation of a chat waited for SymPy; a tool that is switched off, or `-p`, must start nothing early."""
+    started: list[str] = []
+    made = {key: replace(each, prepare=lambda key=key: started.append(key)) for key, each in TOOLS.items()}
+    monkeypatch.setattr(terminal, "standard_tools", lambda: made)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
+    assert terminal.main(Chat(model=str(model_folder), tools="solver")) == 0
+    assert started == ["solver"]
+    terminal.main(Chat(model=str(model_folder), prompt="hi", max_tokens=1))
+    assert started == ["solver"]
 
 
 @pytest.fixture
