@@ -3,29 +3,21 @@
 Each is a fresh process; one run beforehand warms the disk and is kept apart. With `--imports` also what the chat's
 imports cost, from `python -X importtime`.
 
-    python benchmarks/startup.py [--repeats 7] [--imports]      # writes benchmarks/results/startup.json
+    python -m benchmarks.startup [--repeats 7] [--imports]      # writes benchmarks/results/startup.json
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks" / "results" / "startup.json"
+from benchmarks.record import ROOT, begin, publish
+
 QUESTION = "What is 37*12?"
-PACKAGES = ("torch", "tokenizers", "safetensors", "rich", "jsonargparse")
 
 
 def first_byte(command: list[str]) -> tuple[float, float]:
@@ -69,37 +61,6 @@ def imports(top: int = 20) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["total_ms"])[:top]
 
 
-def machine() -> dict[str, Any]:
-    """What a figure means nothing without."""
-    model = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    memory = next((line.split()[1] for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), "0")
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "memory_gib": round(int(memory) / 2**20, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in PACKAGES},
-    }
-
-
-def _lines(path: str) -> list[str]:
-    file = Path(path)
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-
-
-def commit() -> str:
-    """The commit measured, with a plus sign when the tree differs from it."""
-    if shutil.which("git") is None:
-        return "unknown"
-    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True)
-    return (head.stdout.strip() or "none") + ("+" if dirty.stdout.strip() else "")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
@@ -108,26 +69,18 @@ def main() -> int:
     args = parser.parse_args()
     moss = [sys.executable, "-m", "moss"]
     chat = [*moss, "chat", "-p", QUESTION] + (["--model", args.model] if args.model else [])
-    result = {
-        "benchmark": "startup",
-        "run": " ".join(["python", "benchmarks/startup.py", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine(),
-        "load_before": os.getloadavg(),
+    result: dict[str, Any] = begin("startup") | {
         "help": measure([*moss, "--help"], args.repeats),
         "chat": measure(chat, args.repeats),
-        "load_after": os.getloadavg(),
         "goals": {"help end": "< 0.5 s", "chat first byte": "< 3 s"},
     }
     if args.imports:
         result["imports"] = imports()
         for row in result["imports"]:
             print(f"{row['total_ms']:9.1f} ms  {row['module']}")
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    path = publish(result)
     print(f"moss --help: {result['help']['end_median_s']} s; first output of the answer: ", end="")
-    print(f"{result['chat']['first_byte_median_s']} s (medians of {args.repeats}) -> {RESULT.relative_to(ROOT)}")
+    print(f"{result['chat']['first_byte_median_s']} s (medians of {args.repeats}) -> {path}")
     return 0
 
 

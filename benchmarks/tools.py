@@ -17,16 +17,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.startup import ROOT, commit, machine
+from benchmarks.record import begin, publish
 from moss.tools import calculator, sandbox, solver
 from moss.tools.base import ToolError
 
-RESULT = ROOT / "benchmarks" / "results" / "tools.json"
 EXPRESSIONS = (
     "37*12",
     "x=1.5;y=x^2;x+y=?",
@@ -104,13 +101,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
-    result: dict[str, Any] = {
-        "benchmark": "tools",
-        "run": " ".join(["python", "-m", "benchmarks.tools", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": machine() | {"sympy": version("sympy")},
-        "load_before": os.getloadavg(),
+    result: dict[str, Any] = begin("tools") | {
         "start_s": {"calculator": start(calculator.BOX), "solver": start(solver.BOX)},
         "layers": solver.BOX.layers,
         "calculator": timed(calculator.calculate, EXPRESSIONS, args.repeats),
@@ -120,12 +111,10 @@ def main() -> int:
     }
     if folder := os.environ.get("MOSS_TEST_DATA"):
         result["released_calls"] = released_calls(Path(folder))
-    result["load_after"] = os.getloadavg()
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = publish(result)
     for name in ("calculator", "solver", "calculator_inline"):
         print(f"{name:18} median {result[name]['median_ms']:8.3f} ms, p95 {result[name]['p95_ms']:8.3f} ms")
-    print(f"-> {RESULT.relative_to(ROOT)}")
+    print(f"-> {path}")
     return 0
 
 

@@ -1,7 +1,8 @@
-"""Write docs/commands.md (the help of every command) and tests/flags.txt (the pinned list of flags).
+"""Write what the documents hold of code and measurements, so that they cannot drift from either.
 
-Both are made from the commands' dataclasses, so that documentation cannot drift from the code. `--check` writes
-nothing and says what is stale; the tests call it.
+docs/commands.md (the help of every command) and tests/flags.txt (the pinned list of flags) are made from the commands'
+dataclasses; a table between `<!-- figures: NAME -->` and `<!-- end of figures -->` on any page is made from
+benchmarks/results/. `--check` writes nothing and says what is stale; the tests call it.
 
     make docs                          # or: python -m docs.generate [--check]
 """
@@ -9,8 +10,11 @@ nothing and says what is stale; the tests call it.
 from __future__ import annotations
 
 import difflib
+import json
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from moss.__main__ import VERBS, find
 from moss.config import build_parser, flags
@@ -43,9 +47,70 @@ def flags_list() -> str:
     return "\n".join(lines) + "\n"
 
 
+def result(name: str) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def nano_table() -> str:
+    """Every set and metric of the bundled model, per cent with 95 % interval, the languages side by side."""
+    lines = ["| set | measure | English | 中文 | questions | goal |", "|---|---|---|---|---|---|"]
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for row in result("nano")["rows"]:
+        found.setdefault((row["set"], row["metric"]), {})[row["lang"]] = row
+    for (name, metric), by_lang in found.items():
+        cells = [
+            f"{row['rate'] * 100:.1f} ({row['low'] * 100:.1f}–{row['high'] * 100:.1f})" if row else ""
+            for row in (by_lang.get("en"), by_lang.get("zh"))
+        ]
+        sizes = " / ".join(str(row["n"]) for row in by_lang.values())
+        target = next(iter(by_lang.values()))["target"]
+        goal = f"{'≥' if target[0] == '>' else '≤'} {float(target[2:]) * 100:g}" if target else ""
+        lines.append(f"| {name} | {metric} | {' | '.join(cells)} | {sizes} | {goal} |")
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    """What a user waits for: start of the program, first output, one call of each tool."""
+    startup, tools = result("startup"), result("tools")
+    rows = [
+        ("`moss --help`, whole command", f"{startup['help']['end_median_s']:.2f} s", "< 0.5 s", startup),
+        (
+            '`moss chat -p "What is 37*12?"`, first output',
+            f"{startup['chat']['first_byte_median_s']:.2f} s",
+            "< 3 s",
+            startup,
+        ),
+        ("one calculation, isolated", f"{tools['calculator']['median_ms']:.1f} ms", "≤ 3 ms", tools),
+        ("one equation, isolated", f"{tools['solver']['median_ms']:.1f} ms", "≤ 20 ms", tools),
+    ]
+    lines = ["| what | median | goal | load of the machine |", "|---|---|---|---|"]
+    lines += [f"| {what} | {value} | {goal} | {at['load_before'][0]:.1f} |" for what, value, goal, at in rows]
+    return "\n".join(lines)
+
+
+TABLES = {"nano": nano_table, "speed": speed_table}
+FIGURES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.S)
+
+
+def with_figures(page: str) -> str:
+    """A page with its tables of figures as the results have them."""
+    return FIGURES.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}\n{m[3]}", page)
+
+
+def documents() -> dict[Path, str]:
+    """Every generated file, and every page with figures, as it should be."""
+    made = {ROOT / "docs/commands.md": commands_page(), ROOT / "tests/flags.txt": flags_list()}
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("moss/models/*/*.md")]:
+        text = path.read_text(encoding="utf-8")
+        if FIGURES.search(text):
+            made[path] = with_figures(text)
+    return made
+
+
 def main(argv: list[str]) -> int:
     stale = 0
-    for path, text in ((ROOT / "docs/commands.md", commands_page()), (ROOT / "tests/flags.txt", flags_list())):
+    for path, text in documents().items():
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         if "--check" in argv:
             stale += old != text

@@ -206,6 +206,16 @@ def test_score(model: Decoder, engine: Engine, monkeypatch: pytest.MonkeyPatch) 
         engine.score([1] * 601)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_damaged_weights_are_named(temperature: float) -> None:
+    """Weights that are not numbers gave an empty answer, or an index error from deep inside the sampler."""
+    model = toy_model()
+    with torch.no_grad():
+        model.norm.weight.fill_(float("nan"))  # type: ignore[union-attr]
+    with Engine(model, slots=1) as engine, pytest.raises(EngineError, match="not finite"):
+        ids_of(engine.submit(prompt(1, 5), Sampling(temperature=temperature, max_tokens=3)))
+
+
 def test_error_reaches_the_streams(model: Decoder, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failure in the thread must be raised at every reader, and the next request must work."""
     want = ids_of(engine.submit(prompt(1, 5), greedy(3)))

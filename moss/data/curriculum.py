@@ -25,6 +25,7 @@ from moss.data import talk, tool_turns
 from moss.data.dialogs import to_moss
 from moss.data.family import Draft, Item, held_out, reserved
 from moss.data.text import documents
+from moss.files import replacing
 
 LANGS = ("en", "zh")
 KEYS = ("thoughts", *SWITCHES)
@@ -195,8 +196,6 @@ def main(config: Curriculum) -> int:
         sys.stdout.writelines(lines)
         return 0
     config.output.parent.mkdir(parents=True, exist_ok=True)
-    beside = config.output.with_name(config.output.name + ".part")
-    with beside.open("w", encoding="utf-8") as file:
+    with replacing(config.output) as beside, beside.open("w", encoding="utf-8") as file:
         file.writelines(lines)
-    beside.replace(config.output)
     return 0

@@ -73,7 +73,8 @@ class Stream:
             return token
         self._tokens.put(None)  # the end stays readable
         if self._error is not None:
-            raise EngineError(f"the engine failed: {self._error!r}") from self._error
+            told = str(self._error) if isinstance(self._error, EngineError) else f"the engine failed: {self._error!r}"
+            raise EngineError(told) from self._error
         raise StopIteration
 
     def cancel(self) -> None:
@@ -332,6 +333,10 @@ class Engine:
     def _choose(self, requests: list[_Request], plan: Plan, hidden: Tensor) -> None:
         """Pick the next token of each row from its hidden state (B, D) and deliver it."""
         logits = self.model.logits(hidden).float()  # (B, V)
+        if not logits.isfinite().all():
+            raise EngineError(
+                f"the model's scores are not finite: its weights are damaged, or too large for {self.dtype}"
+            )
         seen = None
         if plan.penalizes:
             nothing = logits.new_zeros(logits.shape[-1], dtype=torch.bool)

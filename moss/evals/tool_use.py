@@ -37,6 +37,7 @@ from moss.data.talk import REFUSAL_MARKS
 from moss.engine import Engine, Sampling
 from moss.evals import tool_cases
 from moss.evals.tool_cases import GSM8K, HAND, HAND_WRITTEN, LANGS, RELEASED, SCRIPTED, Case
+from moss.files import replacing
 from moss.log import bar, note
 from moss.resolve import load, locate
 from moss.tokenizer import Tokenizer
@@ -351,7 +352,7 @@ def main(config: EvalTools) -> int:
             "command": "moss eval tools",
             "model": str(locate(config.model)) if config.model else "moss-nano",
             "settings": {
-                key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()
+                key: value.name if isinstance(value, Path) else value for key, value in asdict(config).items()
             },
             "machine": {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.machine()},
             "seconds": round(seconds, 1),
@@ -360,11 +361,13 @@ def main(config: EvalTools) -> int:
             "unanswered": len(failed),
             "rows": rows,
         }
-        publish(config.output, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+        with replacing(config.output) as beside:
+            beside.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if config.records:
         lines = [json.dumps(record(case, seen, verdicts), ensure_ascii=False) + "\n"
                  for (case, verdicts), seen in zip(judged, results)]  # fmt: skip
-        publish(config.records, "".join(lines))
+        with replacing(config.records) as beside:
+            beside.write_text("".join(lines), encoding="utf-8")
     return 0
 
 
@@ -382,13 +385,6 @@ def record(case: Case, seen: Seen, verdicts: Mapping[str, bool]) -> dict[str, An
         "errors": [*seen.errors, *filter(None, [seen.failed])],
         "verdicts": dict(verdicts),
     }
-
-
-def publish(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], console: Console) -> None:
