@@ -35,7 +35,7 @@ done
 DEPTH=4
 VOCAB=2048
 if [ -n "$BUNDLE" ]; then
-  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=400 SFT_STEPS=3000
+  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=200 SFT_STEPS=2600
 else
   OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=450
 fi
