@@ -352,7 +352,7 @@ def main(config: EvalTools) -> int:
             "command": "moss eval tools",
             "model": str(locate(config.model)) if config.model else "moss-nano",
             "settings": {
-                key: value.name if isinstance(value, Path) else value for key, value in asdict(config).items()
+                key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()
             },
             "machine": {"python": platform.python_version(), "torch": torch.__version__, "cpu": platform.machine()},
             "seconds": round(seconds, 1),
