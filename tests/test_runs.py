@@ -35,7 +35,7 @@ def test_bad_options_are_refused_before_anything_is_made(argv: list[str], words:
 def test_the_whole_road_small(tmp_path: Path):
     """Every stage hands the next what it needs; starting again repeats nothing and mixes nothing."""
     out = tmp_path / "nano"
-    result = nano("--scale", "0.01", "--out", str(out))
+    result = nano("--scale", "0.05", "--out", str(out))
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     model, tok = load(out / "sft")
     assert tok.vocab_size <= model.config.vocab_size
@@ -56,7 +56,7 @@ def test_the_whole_road_small(tmp_path: Path):
     assert answer.returncode == 0, answer.stderr
     assert {"reply", "commands", "timing"} <= json.loads(answer.stdout).keys()
 
-    again = nano("--scale", "0.01", "--out", str(out))
+    again = nano("--scale", "0.05", "--out", str(out))
     assert again.returncode == 0
     assert again.stdout.count("done before") == 6
     other = nano("--scale", "0.5", "--out", str(out))
