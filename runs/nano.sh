@@ -35,7 +35,7 @@ done
 DEPTH=4
 VOCAB=2048
 if [ -n "$BUNDLE" ]; then
-  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=200 SFT_STEPS=2600
+  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=250 SFT_STEPS=3500
 else
   OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=450
 fi

@@ -238,13 +238,14 @@ for step in range(int(sys.argv[3]), 10**6):
 """
 
 
-def test_kill_nine_at_random_moments(tmp_path: Path, tokenizer: Tokenizer) -> None:
+@pytest.mark.repeated
+def test_kill_nine_at_random_moments(tmp_path: Path, tokenizer: Tokenizer, repeats: int) -> None:
     """Prevents a latest checkpoint that is torn, or older than the last one that was published."""
     tokenizer.save(tmp_path / "tok")
     run = tmp_path / "run"
     run.mkdir()
     published, rng = 0, random.Random(0)
-    for _ in range(4):
+    for _ in range(repeats):
         command = [sys.executable, "-c", SAVER, str(run), str(tmp_path / "tok"), str(published + 1)]
         child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert child.stdout

@@ -264,6 +264,8 @@ def test_a_slot_without_values_is_named():
     """Prevents a misspelt slot from reaching the training data."""
     with pytest.raises(ValueError, match=r"\{nmae\}"):
         talk.Filler(Random(1), ({"name": ["Lena"]},))("Hello {nmae}")
+    with pytest.raises(ValueError, match="never ends"):  # four such lines once kept the writer busy for ever
+        talk.Filler(Random(1), ({"thing": ["an old {thing}"]},))("Sell me {thing}")
     fill = talk.Filler(Random(1), ({"name": ["Lena", "Tom"], "dish": [["soup", "hot"]], "n": ["3..3"]},))
     assert set(fill("{name} {name2}").split()) == {"Lena", "Tom"}
     assert fill("{dish} is {dish.1}, {n}") == "soup is hot, 3"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -188,6 +189,40 @@ def test_resume_passes_over_a_damaged_checkpoint(made: Path, tmp_path: Path, cap
 def test_resume_in_an_empty_folder_starts(made: Path, tmp_path: Path) -> None:
     """Prevents scripts that need two commands, one to start and one to go on."""
     assert pretrain.main(base_config(made, steps=1, out=tmp_path / "new", resume=True)) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.repeated
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(made: Path, tmp_path: Path, repeats: int) -> None:
+    """Prevents work that a power cut takes back or changes: killed at random moments, saving included, then resumed,
+    the run ends with the same weights as one that was left alone."""
+    steps = 20 * (repeats + 1)
+    config = sft_config(made, out=tmp_path / "unbroken", steps=steps)
+    assert sft.main(config) == 0
+    out, rng = tmp_path / "killed", random.Random(repeats)
+    words = [sys.executable, "-m", "moss", "train", "sft", "--model", str(made / "base"), "--out", str(out), "--resume"]
+    words += ["--data", str(made / "chat.jsonl"), "--steps", str(steps), "--batch-tokens", "1024", "--length", "256"]
+    words += ["--compile", "off", "--dtype", "float32", "--warmup", "2", "--save-every", "1"]
+    for _ in range(repeats):
+        before = published(out)
+        with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL) as child:
+            until = time.monotonic() + 120
+            while child.poll() is None and time.monotonic() < until and published(out) <= before:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.2))
+            seen = published(out)
+            child.kill()
+        assert seen > before
+        newest = checkpoint.newest(out, print)
+        assert newest and int(newest.name.removeprefix("step-")) >= seen
+    assert subprocess.run(words, cwd=ROOT, stderr=subprocess.DEVNULL, timeout=300).returncode == 0
+    assert figures(out) == figures(tmp_path / "unbroken")
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "unbroken/model.safetensors").read_bytes()
+
+
+def published(folder: Path) -> int:
+    """The step of the newest checkpoint in a folder; 0 where there is none."""
+    return max((step for step, _ in checkpoint.steps(folder)), default=0)
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])

@@ -29,11 +29,11 @@ from moss.files import replacing
 
 LANGS = ("en", "zh")
 KEYS = ("thoughts", *SWITCHES)
-SHARES = {"tool": 0.55, "off": 0.12, "talk": 0.28, "numbers": 0.05}  # of the scenes
+SHARES = {"calculator": 0.42, "solver": 0.28, "talk": 0.22, "numbers": 0.08}  # of the scenes
 TURNS = (0.15, 0.25, 0.3, 0.3)  # how many scenes a conversation joins: one, two, three, four
 MAX_TURNS = 6
 CHANGE_LANGUAGE = 0.08  # of the scenes after the first
-BOTH_ON = 0.6  # of the conversations have calculator and solver on
+BOTH_ON = 0.65  # of the conversations have calculator and solver on
 PATIENCE = 500  # draws without a new question before `questions` gives up
 TOOL_KINDS = ("calculator", "solver", "calculator_off", "solver_off")
 KINDS = (*TOOL_KINDS, *talk.KINDS)
@@ -53,12 +53,12 @@ def switches(rng: random.Random, **fixed: bool) -> dict[str, bool]:
     if rng.random() < BOTH_ON:
         on["calculator"] = on["solver"] = True
     else:
-        on["calculator"], on["solver"] = rng.choice([(True, False), (False, True), (False, False)])
+        on["calculator"], on["solver"] = rng.choices([(True, False), (False, True), (False, False)], [2, 2, 1])[0]
     return on | fixed
 
 
 def _scene(rng: random.Random, lang: str, on: dict[str, bool], kind: str | None, accept: Accept) -> list[Draft]:
-    """A scene of a kind, or of one drawn by `SHARES` among those that the switches allow."""
+    """A scene of a kind, or of one drawn by `SHARES`; a tool that is switched off is asked for in vain."""
     if kind in TOOL_KINDS:
         return tool_turns.scene(rng, lang, on, kind=kind, accept=accept)
     if kind is not None:
@@ -69,11 +69,7 @@ def _scene(rng: random.Random, lang: str, on: dict[str, bool], kind: str | None,
         return talk.scene(rng, lang, on, accept=accept)
     if group == "numbers":
         return tool_turns.scene(rng, lang, on, kind="chat", accept=accept)
-    usable = [tool for tool in ("calculator", "calculator", "solver") if on[tool] == (group == "tool")]
-    if not usable:  # nothing is off, or nothing is on
-        return tool_turns.scene(rng, lang, on, accept=accept)
-    tool = rng.choice(usable)
-    return tool_turns.scene(rng, lang, on, kind=tool if on[tool] else f"{tool}_off", accept=accept)
+    return tool_turns.scene(rng, lang, on, kind=group if on[group] else f"{group}_off", accept=accept)
 
 
 def conversation(rng: random.Random, *, scenes: int | None = None, accept: Accept = trained) -> Item:

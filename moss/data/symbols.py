@@ -226,7 +226,7 @@ def _linear_forms(rng: random.Random, v: str) -> tuple[str, Fraction]:
 
 def _decimals(rng: random.Random, v: str) -> tuple[str, str]:
     """A linear equation with decimals, and its solution as the solver prints it, as a decimal."""
-    a, x, b = rng.randint(2, 95), whole(rng, 1, 90), whole(rng, 1, 200)
+    a, x, b = rng.randint(0, 9) * 10 + rng.randint(1, 9), whole(rng, 1, 90), whole(rng, 1, 200)  # a / 10 is never whole
     left = f"{a / 10:g}{v}"
     if rng.random() < 0.3:
         return f"{left}={(a * x) / 10:g}", f"{float(x)}"

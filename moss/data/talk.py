@@ -27,8 +27,8 @@ MATERIAL = Path(__file__).parent / "material"
 LANGS = ("en", "zh")
 OTHER = {"en": "zh", "zh": "en"}
 WEIGHTS = {
-    "fact": 18, "list": 8, "writing": 8, "roleplay": 5, "code": 6, "identity": 9,
-    "harmful": 14, "lookalike": 13, "chat": 14, "switch_language": 5,
+    "fact": 10, "list": 5, "writing": 4, "roleplay": 3, "code": 4, "identity": 10,
+    "harmful": 26, "lookalike": 26, "chat": 10, "switch_language": 3,
 }  # fmt: skip
 KINDS = tuple(WEIGHTS)
 # Every refusal holds one of these, and no other reply does: this is how an evaluation tells them apart.
@@ -38,6 +38,7 @@ LEAD_SHARE = {"identity": 0.5, "roleplay": 0.5, "harmful": 0.15, "lookalike": 0.
 FRAMED = ("harmful", "lookalike")  # kinds that share frames
 INSIST_SHARE = 0.15  # of the harmful scenes: the user asks again
 FRAME_SHARE = 0.5  # of the scenes whose topics have acts: asked in a frame that all topics share
+MAX_DEPTH = 10  # slots inside of values inside of values
 MAX_DRAWS = 4000  # a rare family or question is found by drawing; past this, none is there
 
 Accept = Callable[[str, str], bool]
@@ -81,13 +82,13 @@ class Filler:
         self.values: dict[str, Any] = dict(known or {})
 
     def __call__(self, text: str) -> str:
-        """The text with every slot filled, also slots inside of values."""
-        while "{" in text:
+        """The text with every slot filled, also slots inside of values. ValueError where a value names its own slot."""
+        for _ in range(MAX_DEPTH):
             filled = _SLOT.sub(self._value, text)
             if filled == text:
-                break
+                return text
             text = filled
-        return text
+        raise ValueError(f"a value names its own slot, so this text never ends: {text[:80]!r}")
 
     def _value(self, match: re.Match[str]) -> str:
         base, number, field = match.groups()

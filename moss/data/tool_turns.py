@@ -1,7 +1,8 @@
 """Tool turns of the scripted material: questions that need a calculator or an equation solver, and their answers.
 
-The phrasings stand in `material/{calculator,solver}.{en,zh}.toml`: a *situation* (what is asked, and the call that
-answers it) with the many ways in which people say it. Every result is computed, never written down.
+The phrasings stand in `material/{calculator,solver,numbers}.{en,zh}.toml`: a *situation* (what is asked, and the call
+that answers it) with the many ways in which people say it. Every result is computed, never written down. Those of
+`numbers` are the negatives, of kind "chat": there are numbers, but nothing to calculate.
 
 Conventions of the arguments, so that one question has one right call:
 - no blanks; `+ - * / ^ %` and `sqrt( )`, `pi`; `2x` for a product with an unknown; `;` between equations;
@@ -124,14 +125,14 @@ def book(lang: str) -> Book:
     """The phrasings of a language, read once."""
     found = Book({}, {}, [], {}, {}, {})
     folder = resources.files("moss.data") / "material"
-    for tool in ("calculator", "solver"):
+    for tool in (*NAMES, "numbers"):
         content = tomllib.loads((folder / f"{tool}.{lang}.toml").read_text(encoding="utf-8"))
         found.lists.update(content.get("lists", {}))
-        found.off[tool] = content["off"]
+        found.off[tool] = content.get("off", {})
         for row in content["situation"]:
             situation = _situation(tool, lang, row)
             phrases = _phrases(situation)
-            kind = "chat" if not situation.rounds else tool
+            kind = tool if tool in NAMES else "chat"
             if situation.after:
                 found.follow_ups.extend(phrases)
                 continue
@@ -314,7 +315,7 @@ def _off(rng: random.Random, drawn: Drawn, lang: str, tool: str) -> Draft:
 def _plain(rng: random.Random, drawn: Drawn) -> Draft:
     """A message with numbers that asks for no calculation."""
     situation = drawn.phrase.situation
-    thoughts, reply = rng.choice(situation.thoughts), rng.choice(situation.reply).format_map(drawn.values)
+    thoughts, reply = rng.choice(situation.thoughts), _sentence(rng.choice(situation.reply), drawn.values)
     return Draft(Turn(drawn.question, [Round(thoughts.format_map(drawn.values))], reply), "chat", drawn.phrase.name)
 
 
