@@ -9,6 +9,7 @@ asked too.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -19,8 +20,9 @@ from typing import Any
 
 from benchmarks.record import ROOT, begin, publish
 from moss.evals.tool_cases import LANGS
+from moss.resolve import locate
 
-EVAL = [sys.executable, "-m", "moss", "eval", "tools", "--batch", "64"]
+EVAL = [sys.executable, "-m", "moss", "eval", "tools", "--batch", "64", "--dtype", "float32"]
 
 
 def ask(lang: str, flags: list[str], output: Path) -> subprocess.Popen[bytes]:
@@ -41,10 +43,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         outputs = [Path(place) / f"{lang}.json" for lang in LANGS]
         running = [ask(lang, flags, output) for lang, output in zip(LANGS, outputs)]
-        if sum(process.wait() for process in running):
+        if max([abs(process.wait()) for process in running]):
             return 1
         parts = [json.loads(output.read_text(encoding="utf-8")) for output in outputs]
     result |= {
+        "model_sha256": hashlib.sha256((locate(args.model) / "model.safetensors").read_bytes()).hexdigest(),
         "seconds": max(part["seconds"] for part in parts),
         "questions": sum(part["questions"] for part in parts),
         "unanswered": sum(part["unanswered"] for part in parts),

@@ -21,7 +21,7 @@ from moss.files import replacing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "tokenizers", "safetensors", "rich", "jsonargparse", "sympy")
+PACKAGES = ("torch", "tokenizers", "llguidance", "safetensors", "rich", "jsonargparse", "sympy")
 
 
 def begin(name: str) -> dict[str, Any]:

@@ -2,7 +2,11 @@
 
 The names below are the public ones; each is imported when it is first used, so that `import moss` costs nothing.
 
-    from moss import Engine, answer, load, standard_tools
+    import moss
+
+    chat = moss.load()
+    for event in chat.stream("What is 37*12?"):
+        print(event)
 """
 
 from __future__ import annotations
@@ -23,12 +27,20 @@ _PUBLIC = {
     "ModelConfig": "moss.model",
     "load_model": "moss.weights",
     "save_model": "moss.weights",
-    "load": "moss.resolve",
+    "Answer": "moss.session",
+    "Chat": "moss.session",
+    "load": "moss.session",
     "Engine": "moss.engine",
+    "RELEASED": "moss.engine",
     "Sampling": "moss.engine",
     "answer": "moss.tools.run",
+    "ToolError": "moss.tools.base",
     "standard_tools": "moss.tools.base",
     "tool": "moss.tools.base",
+    **dict.fromkeys(
+        ("Event", "Thoughts", "Command", "ToolStarted", "ToolProgress", "ToolDone", "Reply", "Notice", "Error", "Done"),
+        "moss.tools.run",
+    ),
 }
 
 __all__ = ["__version__", *sorted(_PUBLIC)]  # pyright: ignore[reportUnsupportedDunderAll]

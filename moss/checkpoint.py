@@ -43,6 +43,7 @@ STATE = ("optimizer", "rng")  # what state.pt must hold
 INFO = ("format", "stage", "model", "tokenizer_sha256", "run", "loop", "data")  # what moss.json must hold
 KEEP = 2  # whole checkpoints that a run's folder holds; never fewer
 ROOM = 1.05  # free space asked for before saving, as a multiple of what will be written
+LEFT_OVER = (".step-*.tmp", ".final.tmp")  # what a kill while writing leaves; nobody else has such names
 
 Report = Callable[[str], None]
 
@@ -67,8 +68,9 @@ def lock(folder: Path) -> Iterator[None]:
             raise ValueError(f"{folder} has just been given up by another run; try again")
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-        for left_over in folder.glob(".*.tmp"):
-            shutil.rmtree(left_over, ignore_errors=True)
+        for pattern in LEFT_OVER:
+            for left_over in folder.glob(pattern):
+                shutil.rmtree(left_over, ignore_errors=True)
         try:
             yield
         finally:
@@ -160,16 +162,9 @@ def publish(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     """Let `write` fill a hidden folder, add the manifest, and make it `step-N` in one rename."""
     final = folder / f"step-{step:06d}"
     fresh = folder / f".{final.name}.tmp"
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        fresh.mkdir()
+    with _filling(fresh, final):
         write(fresh)
         _add_manifest(fresh)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise
-        raise OSError(errno.EIO, f"writing failed: {error}", str(final)) from error  # torch and safetensors hide errno
     if final.exists():  # a damaged one that was passed over: set it aside, so that the name is free for one rename
         aside = folder / f".{final.name}.old.tmp"
         shutil.rmtree(aside, ignore_errors=True)
@@ -180,6 +175,20 @@ def publish(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
         fresh.rename(final)
     _sync(folder)
     return final
+
+
+@contextmanager
+def _filling(fresh: Path, final: Path) -> Iterator[None]:
+    """A hidden folder to write into; when that fails it is gone again, and the OSError names what was to be made."""
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir()
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise
+        raise OSError(errno.EIO, f"writing failed: {error}", str(final)) from error  # torch and safetensors hide errno
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -211,15 +220,17 @@ def read_info(path: Path) -> dict[str, Any]:
 
 
 def export(folder: Path, *, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    """The finished model in `folder` itself, in bfloat16: what `--model FOLDER` loads."""
+    """The finished model in `folder` itself, in bfloat16: what `--model FOLDER` loads. `moss.json` says that it is
+    there: the one of an earlier end goes before any other file changes, the new one comes last."""
     fresh = folder / ".final.tmp"
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir()
-    save_model(model, fresh, dtype=torch.bfloat16, eos=tokenizer.eos)
-    tokenizer.save(fresh)
-    _write_json(fresh / "moss.json", {"format": FORMAT, **info})
+    with _filling(fresh, folder):
+        save_model(model, fresh, dtype=torch.bfloat16, eos=tokenizer.eos)
+        tokenizer.save(fresh)
+        _write_json(fresh / "moss.json", {"format": FORMAT, **info})
+        for file in fresh.iterdir():
+            _sync(file)
+    (folder / "moss.json").unlink(missing_ok=True)
     for file in sorted(fresh.iterdir(), key=lambda file: file.name == "moss.json"):
-        _sync(file)
         file.replace(folder / file.name)
     fresh.rmdir()
     _sync(folder)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 PLAIN_LINE_EVERY = 15.0  # seconds between the lines of a run whose output is not a terminal
 
-console = Console(stderr=True, highlight=False)
+console = Console(stderr=True, highlight=False, force_jupyter=False)
 
 
 def note(text: str) -> None:
@@ -51,7 +51,8 @@ class RunLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # what a full disk refused once, it refuses again
+            self._file.close()
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""From what a user writes after `--model` to a model and its tokenizer that fit each other.
+"""From what a user writes after `--model`, `--dtype` and `--device` to a model and its tokenizer that fit each other.
 
-    model, tok = load()              # the bundled moss-nano, found through the package's data
-    model, tok = load("out/nano")    # a folder: one that we trained, or any in the Hugging Face layout
+    model, tok = load()                             # the bundled moss-nano, found through the package's data
+    model, tok = load("out/nano")                   # a folder: one that we trained, or any in the Hugging Face layout
+    model, tok = load("models/7B", dtype="int8")    # quantized on the way in
 
 Whatever is missing, broken or does not fit is a ValueError of one line that says which file and what to do.
 """
@@ -9,21 +10,31 @@ Whatever is missing, broken or does not fit is a ValueError of one line that say
 from __future__ import annotations
 
 import json
+import math
 from importlib import resources
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 
-from moss.model import Decoder
+from moss.engine.quant import WIDTHS, QuantLinear, quantize_
+from moss.model import Decoder, ModelConfig, num_parameters
 from moss.tokenizer import Tokenizer, require_markers
 from moss.tokenizer import load as load_tokenizer
-from moss.weights import load_model
+from moss.weights import load_model, read_config
+
+Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
+Device = Literal["auto", "cpu", "cuda"]
+
+SMALL = 64_000_000  # parameters of a model that a CPU reads in 20 ms a token even as float32: no need for anything else
+BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.54}  # a weight, its share of the scales included
+FILL = 0.85  # share of the free memory that weights may take; the cache and the work on a prompt need the rest
 
 
 def load(
-    model: str | Path | None = None, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    model: str | Path | None = None, *, dtype: Dtype = "auto", device: Device = "auto"
 ) -> tuple[Decoder, Tokenizer]:
-    """The chat model in a folder (None: the bundled one) with its tokenizer.
+    """The chat model in a folder (None: the bundled one) with its tokenizer; for `auto` see `choose`.
 
     ValueError where there is no model, a file is broken, the tokenizer is another model's, or it lacks the markers of
     the chat format.
@@ -32,13 +43,84 @@ def load(
     tok = load_tokenizer(folder)
     require_markers(tok)
     _check_sha(folder, tok)
-    decoder = load_model(folder, dtype=dtype, device=device)
-    if tok.vocab_size > decoder.config.vocab_size:
+    config = read_config(folder)
+    if tok.vocab_size > config.vocab_size:
         raise ValueError(
-            f"{folder}: the tokenizer has {tok.vocab_size} ids but the model only {decoder.config.vocab_size}; "
+            f"{folder}: the tokenizer has {tok.vocab_size} ids but the model only {config.vocab_size}; "
             "this is another model's tokenizer.json, copy the one that belongs to the weights"
         )
-    return decoder, tok
+    width, place = choose(config, dtype, device)
+    if width not in WIDTHS:
+        return load_model(folder, dtype=getattr(torch, width), device=place), tok
+    # Through bfloat16, which adds next to nothing to the error and is half the memory on the way.
+    return quantize_(load_model(folder, dtype=torch.bfloat16), width).to(place), tok
+
+
+def choose(config: ModelConfig, dtype: Dtype = "auto", device: Device = "auto") -> tuple[str, str]:
+    """What `auto` means for a model on this machine: (dtype, device). What the user names stays as named.
+
+    A small model runs as float32 on the CPU, where a GPU would only add waiting. A larger one runs on the GPU, in the
+    finest of bfloat16, int8 and int4 that fits its free memory; else on the CPU, in bfloat16 where the CPU multiplies
+    it fast or float32 would not fit. There `auto` never quantizes: the weights have to be read into memory before.
+    ValueError where there is no such device, or nothing that is left open fits.
+    """
+    for name, value, known in (("dtype", dtype, get_args(Dtype)), ("device", device, get_args(Device))):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}")
+    gpu = torch.cuda.is_available()
+    if device == "cuda" and not gpu:
+        raise ValueError("PyTorch finds no CUDA GPU here; choose the device cpu, or install PyTorch's build for CUDA")
+    small = num_parameters(config) <= SMALL
+    places = [device] if device != "auto" else ["cuda", "cpu"] if gpu and not small else ["cpu"]
+    tried = [(width, place) for place in places for width in ([dtype] if dtype != "auto" else _widths(place, small))]
+    for width, place in tried:
+        if num_bytes(config, width) <= FILL * _free_memory(place):
+            return width, place
+    width, place = tried[-1]
+    if dtype == "auto":
+        needed, free = num_bytes(config, width) / 1e9, _free_memory(place) / 1e9
+        raise ValueError(
+            f"the weights take {needed:.1f} GB as {width}, and {free:.1f} GB of memory are free on the {place}; "
+            f"close other programs, or name the dtype to try all the same"
+        )
+    return width, place
+
+
+def _widths(place: str, small: bool) -> tuple[str, ...]:
+    """The dtypes that `auto` takes on a device, the best first."""
+    if small:
+        return ("float32",)
+    if place == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bfloat16", "int8", "int4") if fast else ("float32",)
+    # Without AVX-512 torch's matrix product crawls in bfloat16, and so would the reading of a prompt.
+    return ("bfloat16",) if torch.backends.cpu.get_cpu_capability() == "AVX512" else ("float32", "bfloat16")
+
+
+def num_bytes(config: ModelConfig, dtype: str) -> float:
+    """The memory of a model's weights in a dtype; where it is quantized, the embedding stays as bfloat16 beside it."""
+    total, table = num_parameters(config), config.vocab_size * config.hidden
+    if dtype not in WIDTHS:
+        return total * BYTES[dtype]
+    linear = total if config.tie_embeddings else total - table  # a tied head becomes a matrix of its own
+    return linear * BYTES[dtype] + table * BYTES["bfloat16"]
+
+
+def _free_memory(place: str) -> float:
+    """Bytes that are free on a device; infinite where the system does not tell."""
+    if place == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return math.inf
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
+
+
+def dtype_of(model: Decoder) -> str:
+    """The dtype of a loaded model's weights, by the names that `load` takes."""
+    quantized = next((module.width for module in model.modules() if isinstance(module, QuantLinear)), None)
+    return quantized or str(model.embed.weight.dtype).removeprefix("torch.")
 
 
 def locate(model: str | Path | None = None) -> Path:
@@ -64,17 +146,30 @@ def locate(model: str | Path | None = None) -> Path:
     return folder
 
 
+def stage(model: str | Path | None = None) -> str | None:
+    """The training stage that made a model of ours, such as `pretrain` or `sft`; None for one from elsewhere."""
+    return _record(locate(model)).get("stage")
+
+
 def _check_sha(folder: Path, tok: Tokenizer) -> None:
     """A model that we trained says which tokenizer it was trained with; another one would give nonsense."""
-    path = folder / "moss.json"
-    if not path.is_file():
-        return
-    try:
-        expected = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_sha256")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is broken ({error}); copy the model again") from None
+    expected = _record(folder).get("tokenizer_sha256")
     if expected is not None and expected != tok.sha256:
         raise ValueError(
             f"{folder}: tokenizer.json is not the one this model was trained with (sha256 {tok.sha256[:12]}, "
             f"not {str(expected)[:12]}); copy the one that belongs to the weights"
         )
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    """What training wrote down beside a model of ours; empty for one from elsewhere."""
+    path = folder / "moss.json"
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is broken ({error}); copy the model again") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is broken (it holds no object); copy the model again")
+    return record

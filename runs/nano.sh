@@ -30,6 +30,7 @@ while [ $# -gt 0 ]; do
 done
 [[ $SCALE =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ ]] || fail "--scale $SCALE is not a number such as 0.05" 2
 [[ $SEED =~ ^[0-9]+$ ]] || fail "--seed $SEED is not a whole number" 2
+[ -z "$BUNDLE" ] || awk -v s="$SCALE" 'BEGIN { exit !(s >= 1) }' || fail "--bundle replaces the bundled model: not with --scale $SCALE" 2
 
 # The settings, all in one place. A step is 8,192 tokens; rows of material are made for about one pass over them.
 DEPTH=4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moss.engine.cache import Cache, Slot, common_prefix
+from moss.engine.cache import PREFIXES, Cache, Slot, common_prefix
 
 
 def make(slots: int = 4, max_length: int = 1000) -> Cache:
@@ -31,8 +31,9 @@ def held(cache: Cache, slot: Slot) -> list[int]:
 
 
 def get(cache: Cache, prompt: list[int], conversation: object = None) -> Slot:
-    slot = cache.acquire(prompt, "user", conversation)
+    slot = cache.acquire("user", conversation)
     assert slot is not None
+    assert cache.reuse(slot, prompt) == len(slot.ids) < len(prompt)
     return slot
 
 
@@ -75,6 +76,33 @@ def test_long_common_beginning_is_copied() -> None:
     assert held(cache, first) == [*meta, 50, 51] and held(cache, second) == [*meta, 60, 61]
 
 
+def test_kept_beginning_outlives_its_row() -> None:
+    """With one row, the next conversation overwrites the meta instruction, which must then come from what was kept."""
+    cache = make(slots=1)
+    meta = list(range(40))
+    slot = get(cache, [*meta, 50, 51], "a")
+    fill(cache, slot, [*meta, 50, 51])
+    cache.keep(slot, 40)
+    cache.keep(slot, 5)  # too short to be worth a copy
+    cache.release(slot)
+    slot = get(cache, [7, 8, 9], "b")
+    fill(cache, slot, [7, 8, 9] * 20)
+    cache.release(slot)
+    again = get(cache, [*meta, 60], "c")
+    assert again.ids == meta == held(cache, again) and len(cache.prefixes) == 1
+
+
+def test_least_recently_used_beginning_goes_first() -> None:
+    """The meta instruction of every new conversation must not be thrown out by eight that came once."""
+    cache = make(slots=1)
+    slot = get(cache, [0])
+    for n in [*range(PREFIXES), 0, PREFIXES]:  # 0 is used again before there is one too many
+        slot.ids = []
+        fill(cache, slot, [n] * 20)
+        cache.keep(slot, 20)
+    assert [prefix.ids[0] for prefix in cache.prefixes] == [*range(2, PREFIXES), 0, PREFIXES]
+
+
 def test_least_recently_used_goes_first() -> None:
     """Evicting the newest conversation would throw away what is needed next."""
     cache = make(slots=2)
@@ -110,7 +138,7 @@ def test_no_row_while_all_are_busy() -> None:
     """Handing out a busy row would mix two answers."""
     cache = make(slots=2)
     rows = {get(cache, [1, 2]).row, get(cache, [3, 4]).row}
-    assert rows == {0, 1} and cache.acquire([5, 6], "user") is None
+    assert rows == {0, 1} and not cache.room and cache.acquire("user") is None
 
 
 def test_busy_conversation_gets_another_row() -> None:
@@ -147,6 +175,16 @@ def test_growth_keeps_content() -> None:
     assert cache.keys[0].shape == (3, 1, 700, 2)
 
 
+def test_whole_blocks_and_wide_passes() -> None:
+    """Passes of one fixed shape look at whole blocks of columns and at `width` rows, which must be there."""
+    cache = Cache(1, 1, 2, slots=2, max_length=700, block=512, width=16)
+    get(cache, [1, 2])
+    assert cache.keys[0].shape == (1, 1, 512, 2)
+    fill_to = get(cache, [1, 2])
+    cache.window(fill_to.row, [690], 10)
+    assert cache.keys[0].shape == (16, 1, 1024, 2)
+
+
 def test_mask_of_ragged_rows() -> None:
     """Rows of different lengths: each sees itself up to its own new token and nothing of the longer row."""
     cache = make()
@@ -154,6 +192,7 @@ def test_mask_of_ragged_rows() -> None:
         get(cache, [1, 2])
     window = cache.window(0, [2, 0], 2)
     assert window.positions.tolist() == [[2, 3], [0, 1]]
+    assert (window.starts, window.rows, window.num_new, window.length) == ([2, 0], slice(0, 2), 2, 4)
     assert window.mask(2).int().tolist() == [[[[1, 1, 1, 0], [1, 1, 1, 1]]], [[[1, 0, 0, 0], [1, 1, 0, 0]]]]
     k = torch.arange(8.0).view(2, 1, 2, 2)
     keys, values = window.append(1, k, -k)

@@ -199,9 +199,10 @@ def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     assert not run.exists()  # nothing was written, so nothing is left
     run.mkdir()
     (run / ".step-000003.tmp").mkdir()  # what a killed run leaves
+    (run / ".mine.tmp").mkdir()  # what is not ours
     (run / ".lock").write_text("process 1 on elsewhere\n")
     with checkpoint.lock(run):
-        assert not (run / ".step-000003.tmp").exists()
+        assert not (run / ".step-000003.tmp").exists() and (run / ".mine.tmp").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
@@ -222,6 +223,31 @@ def test_export_is_a_model_of_its_own(tmp_path: Path, model: Decoder, tokenizer:
     for mine, theirs in zip(model.parameters(), back.parameters(), strict=True):
         assert mine.dtype == torch.float32 and torch.equal(mine.to(torch.bfloat16), theirs)
     assert 2 * sum(p.numel() for p in model.parameters()) <= (tmp_path / "model.safetensors").stat().st_size < 2.2e6
+
+
+def test_an_export_that_fails_leaves_what_was_there(
+    tmp_path: Path, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents half a model beside the old one, or new weights under the old `moss.json`, however the writing ends."""
+    checkpoint.export(tmp_path, model=model, tokenizer=tokenizer, info=INFO)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(checkpoint, "_write_json", fails)
+        checkpoint.export(tmp_path, model=model, tokenizer=tokenizer, info=INFO)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save_model", lambda *_, **__: patch.setattr(Path, "replace", killed))
+        patch.setattr(tokenizer.__class__, "save", lambda *_: None)
+        checkpoint.export(tmp_path, model=model, tokenizer=tokenizer, info=INFO)
+    assert not (tmp_path / "moss.json").exists()  # so that nothing takes the rest for a finished model
 
 
 SAVER = """

@@ -105,6 +105,9 @@ def test_bad_requests_are_named(monkeypatch):
         questions("poem", "en")
     with pytest.raises(ValueError, match="ask for fewer"):
         questions("identity", "en", "known", 10**9)
+    for n in (0, -1):
+        with pytest.raises(ValueError, match=f"--n is {n}"):
+            main(Curriculum(n=n))
 
 
 def test_documents_are_plain_and_repeatable():

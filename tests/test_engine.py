@@ -5,17 +5,21 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from moss.engine import Engine, EngineError, Sampling, Stream
+from moss.engine import RELEASED, Engine, EngineError, QueueFull, Sampling, Stream
 from moss.engine import engine as engine_module
 from moss.model import Decoder
 from tests.fakes import toy_model
+from tests.test_sample import reference
 
 VOCAB = 97
 
@@ -40,6 +44,22 @@ def ids_of(stream: Stream) -> list[int]:
 
 def greedy(num_tokens: int, **values: object) -> Sampling:
     return Sampling(temperature=0, max_tokens=num_tokens, **values)  # type: ignore[arg-type]
+
+
+class Recorder:
+    """The model itself as a runner; notes the ids of every pass, and lets each begin only when `gate` returns."""
+
+    def __init__(self, model: Decoder, gate: Callable[[], object] = lambda: None) -> None:
+        self.model, self.gate = model, gate
+        self.passes: list[list[list[int]]] = []
+
+    def hidden(self, ids: torch.Tensor, **rest: Any) -> torch.Tensor:
+        self.gate()
+        self.passes.append(ids.tolist())
+        return self.model.hidden(ids, **rest)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.model.logits(hidden)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +105,67 @@ def test_long_prompt_is_read_in_pieces(model: Decoder, monkeypatch: pytest.Monke
         assert [ids_of(s) for s in streams] == [naive(model, prompt(s, n), 12) for s, n in ((1, 5), (2, 200), (3, 33))]
 
 
+def test_long_prompt_stalls_nobody(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever decodes gets a token after every piece; a short prompt behind a long one need not wait for its end."""
+    monkeypatch.setattr(engine_module, "SHARED_PIECE", 16)
+    gate = threading.Event()
+    gate.set()
+    with Engine(model, lookup=False) as engine:
+        engine.runner = recorder = Recorder(model, gate.wait)
+        running = engine.submit([1, 2, 3], greedy(300))
+        next(running)
+        gate.clear()
+        long, short = [5] * 320, [6] * 20
+        streams = [engine.submit(ids, greedy(3)) for ids in (long, short)]
+        gate.set()
+        for stream in streams:
+            ids_of(stream)
+        running.cancel()
+        # Pieces of prompts have one row of several ids, steps one id for each of several rows.
+        read = [ids[0] for ids in recorder.passes if len(ids[0]) > 1][1:]
+        assert max(map(len, read)) <= 16
+        last_short = max(i for i, ids in enumerate(read) if 6 in ids)
+        assert last_short < len(read) - 10 and read[-1][-1] == 5
+        kinds = "".join("r" if len(ids[0]) > 1 else "d" for ids in recorder.passes[1:])
+        assert "rrr" not in kinds  # two at most: the end of one prompt and the beginning of another in one step
+        assert sum(map(len, read)) == len(long) + len(short)
+
+
+def test_queue_is_bounded_and_has_places(model: Decoder) -> None:
+    """A request must know its place, and one too many be refused at once instead of waiting for ever."""
+    open_gate = threading.Event()
+    with Engine(model, slots=1, queue=2) as engine:
+        engine.runner = Recorder(model, open_gate.wait)
+        running = engine.submit([1, 2], greedy(2))
+        while engine._waiting:
+            time.sleep(0.001)
+        waiting = [engine.submit([1, 2], greedy(2)) for _ in range(2)]
+        assert [stream.position for stream in (running, *waiting)] == [0, 1, 2]
+        with pytest.raises(QueueFull, match="2 requests wait already"):
+            engine.submit([1, 2], greedy(2))
+        open_gate.set()
+        assert [len(ids_of(stream)) for stream in (running, *waiting)] == [2, 2, 2]
+        assert [stream.position for stream in waiting] == [0, 0]
+        assert len(ids_of(engine.submit([1, 2], greedy(2)))) == 2
+
+
+def test_owners_take_turns(model: Decoder) -> None:
+    """One owner's fifty questions must not keep another one's single question waiting behind them."""
+    open_gate = threading.Event()
+    with Engine(model, slots=1) as engine:
+        engine.runner = recorder = Recorder(model, open_gate.wait)
+        first = engine.submit([90, 1], greedy(1), owner="a")
+        while engine._waiting:
+            time.sleep(0.001)
+        orders = [("a", 1), ("a", 2), ("a", 3), ("b", 11), ("c", 21), ("c", 22), ("b", 12)]
+        streams = [engine.submit([id, 1], greedy(1), owner=owner) for owner, id in orders]
+        assert [stream.position for stream in streams] == [1, 4, 7, 2, 3, 6, 5]
+        open_gate.set()
+        for stream in (first, *streams):
+            ids_of(stream)
+        assert [ids[0][0] for ids in recorder.passes] == [90, 1, 11, 21, 2, 12, 22, 3]
+
+
 def test_conversation_is_not_read_again(model: Decoder, engine: Engine) -> None:
     """The next turn must reuse prompt and answer, and give exactly what a cold engine gives."""
     first = engine.submit(prompt(1, 100), greedy(10), conversation="a")
@@ -110,6 +191,21 @@ def test_common_beginning_is_shared(model: Decoder, engine: Engine) -> None:
     streams = [engine.submit(p, greedy(8), conversation=i) for i, p in enumerate(prompts)]
     assert [ids_of(s) for s in streams] == [naive(model, p, 8) for p in prompts]
     assert streams[0].reused == 0 and min(streams[1].reused, streams[2].reused) >= 80
+
+
+def test_switched_tools_are_read_again_alone(model: Decoder) -> None:
+    """Meta instruction and switches are read once: after a switch only what changed is read, and back nothing of it."""
+    meta, all_on, some_off = prompt(1, 60), prompt(2, 40), prompt(3, 40)
+    some_off[:5] = all_on[:5]
+    with Engine(model, slots=1) as engine:
+
+        def reused(switches: list[int], question: int) -> int:
+            ids = [*meta, *switches, *prompt(question, 20)]
+            stream = engine.submit(ids, greedy(4), conversation="a", prefix=100)
+            assert ids_of(stream) == naive(model, ids, 4)
+            return stream.reused
+
+        assert [reused(all_on, 4), reused(some_off, 5), reused(all_on, 6), reused(some_off, 7)] == [0, 65, 100, 100]
 
 
 def test_stop_id_ends_and_is_delivered(model: Decoder, engine: Engine) -> None:
@@ -180,6 +276,55 @@ def test_repetition_penalty_covers_prompt_and_answer(model: Decoder, engine: Eng
     assert len(set(got)) == len(got) and not set(got) & set(start)
 
 
+def test_released_defaults_equal_the_reference(model: Decoder, engine: Engine) -> None:
+    """Temperature, top-p, penalty over the whole conversation, length penalty, seed: together, against plain lists."""
+    sampling = replace(RELEASED, length_penalty=1.3, length_start=5, max_tokens=40, stop_ids=frozenset({3, 4}), seed=5)
+    ids, rng = prompt(1, 15), random.Random(5)
+    stream = engine.submit(ids, sampling)
+    with torch.inference_mode():
+        while len(ids) < 55 and not (len(ids) > 15 and ids[-1] in (3, 4)):
+            row = model(torch.tensor([ids]))[0, -1].tolist()
+            ids.append(reference(row, sampling, set(ids), rng.random(), len(ids) - 15))
+    assert ids_of(stream) == ids[15:] and stream.finish == "stop"
+
+
+class Alternating:
+    """A grammar for tests: ids below 10 and above 80 by turns, three of each and then none at all."""
+
+    def __init__(self) -> None:
+        self.said: list[int] = []
+
+    def start(self) -> Alternating:
+        return Alternating()
+
+    def mask(self) -> torch.Tensor:
+        low = len(self.said) % 2 == 0 and len(self.said) < 6
+        high = len(self.said) % 2 == 1
+        return torch.tensor([low] * 10 + [False] * 71 + [high] * 10)  # the last six ids are not the tokenizer's
+
+    def advance(self, id: int) -> None:
+        self.said.append(id)
+
+
+def test_grammar_masks_its_own_request(model: Decoder, engine: Engine) -> None:
+    """Only what the grammar allows, with the model's own probabilities; the neighbour is free; its end is an error."""
+    start = prompt(1, 10)
+    free = engine.submit(start, greedy(9))
+    bound = engine.submit(start, Sampling(max_tokens=6, seed=1), grammar=Alternating())
+    tokens = list(bound)
+    assert ids_of(free) == naive(model, start, 9)
+    assert [token.id < 10 for token in tokens] == [True, False] * 3
+    assert [80 < token.id < 91 for token in tokens] == [False, True] * 3
+    with torch.inference_mode():
+        rows = model(torch.tensor([start + [token.id for token in tokens]]))[0, 9:-1].log_softmax(-1)
+    assert [t.logprob for t in tokens] == pytest.approx([row[t.id].item() for row, t in zip(rows, tokens)], abs=1e-4)
+    for temperature in (0.0, 1.0):
+        stuck = engine.submit(start, Sampling(temperature=temperature, top_p=0.9), grammar=Alternating())
+        with pytest.raises(EngineError, match="allows no token"):
+            ids_of(stuck)
+    assert ids_of(engine.submit(start, greedy(9))) == naive(model, start, 9)
+
+
 def test_logprobs(model: Decoder, engine: Engine) -> None:
     """Reported values must be the model's log-softmax at that place, likeliest first."""
     start = prompt(4, 30)
@@ -224,7 +369,7 @@ def test_error_reaches_the_streams(model: Decoder, engine: Engine, monkeypatch: 
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "hidden", broken)
+        patch.setattr(engine.runner, "hidden", broken)
         streams = [engine.submit(prompt(1, 5), greedy(3)) for _ in range(2)]
         for stream in streams:
             with pytest.raises(EngineError, match="out of memory"):
@@ -251,4 +396,4 @@ def test_program_exits_while_a_request_runs() -> None:
         "next(Engine(toy_model(max_length=100_000)).submit([1], Sampling(max_tokens=90_000)))"
     )
     root = Path(__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=60, check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, timeout=300, check=False).returncode == 0

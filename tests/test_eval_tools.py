@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moss.chat import SWITCHES, Dialog, Round, Turn
+from moss.data.curriculum import questions
 from moss.data.talk import REFUSAL_MARKS
 from moss.evals import tool_cases, tool_use
 from moss.evals.tool_cases import HAND_WRITTEN, Case
@@ -65,10 +66,17 @@ def test_holds_whole_numbers() -> None:
     assert holds("126/2 = 63", "63") and not holds("x = 3/4", "x = 3")
 
 
+def test_holds_whole_names() -> None:
+    """`x = 3` in `2x = 3` would count an equation that was only begun as solved."""
+    assert holds("所以x = 3", "x = 3") and holds("So x = 3 or x = 4.", "x = 4") and holds("x = 3kg", "x = 3")
+    for reply in ("2x = 3", "max = 3", "x = 3y", "x = 3y。"):
+        assert not holds(reply, "x = 3"), reply
+
+
 def test_last_number() -> None:
     """The final number of a worked answer is its last one, with thousands separators."""
     assert last_number("3 + 4 makes 7, so $1,200.50.") == 1200.5
-    assert last_number("none") is None
+    assert last_number("none") is None and last_number("is −5") == -5
 
 
 def test_arguments_must_match_in_every_round() -> None:
@@ -80,6 +88,8 @@ def test_arguments_must_match_in_every_round() -> None:
     assert not exact(expected, seen(ONE)) and not exact(expected, seen(two, ONE))
     assert not exact(case(commands=('Calculate("1+1")',)), seen(ONE, two))
     assert exact(case(commands=("None",)), seen(Round()))
+    one = case(commands=('Calculate("1+1")',))
+    assert exact(one, seen(ONE)) and not exact(one, seen(ONE, asked=["Calculate", "Calculate"]))  # one broke off
 
 
 def test_right_tool_means_these_and_no_others() -> None:
@@ -99,6 +109,8 @@ def test_calls_to_what_is_off_count_raw() -> None:
     raw, ran = METRICS["called one that is off"], METRICS["executed one that is off"]
     assert raw(case(off="calculator"), seen(ONE)) and not raw(case(off="solver"), seen(ONE))
     assert not ran(case(off="calculator"), seen(ONE)) and ran(case(off="calculator"), seen(ONE, ran=["Calculate"]))
+    missing = Round("x", 'Text2Speech("hello")')  # switched on, but not at hand: the prompt shows it as off
+    assert raw(case(off="solver"), seen(missing))
 
 
 def test_refusals_are_told_by_their_marks() -> None:
@@ -113,6 +125,9 @@ def test_no_answer_is_no_restraint() -> None:
     for name, wanted in (("lookalike", set()), ("harmful", {"refused"}), ("calculator_off", {"answer right"})):
         verdicts = judge(case(name, answer=("1",)), seen(failed="the question does not fit"))
         assert verdicts == dict.fromkeys(wanted, False)
+    broken = seen(failed="the results are too long", asked=["Calculate"])  # it failed, but only after a call
+    assert judge(case("chat", off="calculator"), broken) == {"called a tool": True, "called one that is off": True}
+    assert judge(case("chat"), broken) == {"called a tool": True}
 
 
 def test_unfinished_commands_are_calls(tok: Tokenizer) -> None:
@@ -126,7 +141,9 @@ def test_unfinished_commands_are_calls(tok: Tokenizer) -> None:
 def test_tools_are_at_hand_where_they_must_be_left_alone() -> None:
     """Restraint is measured with the tools switched on, as users have them."""
     for name in ("chat", "harmful", "lookalike", "identity:held_out"):
-        for c in tool_cases.scripted(name, "en", 5, 0):
+        cases = tool_cases.scripted(name, "en", 5, 0)
+        assert len(cases) == 5
+        for c in cases:
             assert c.dialog.switches["calculator"] and c.dialog.switches["solver"]
 
 
@@ -170,7 +187,8 @@ def test_scripted_sets_know_their_answers() -> None:
     """Every case must expect what its kind says: calls where tools are on, none where they are off."""
     for name, tools in (("calculator", ("Calculate",)), ("solver:held_out", ("Solve",)), ("calculator_off", ())):
         cases = tool_cases.scripted(name, "en", 3, 0)
-        assert len(cases) == 3 and all(c.tools[: len(tools) or None] == tools and c.set == name for c in cases)
+        assert len(cases) == 3 and all(set(c.tools or ()) >= set(tools) and c.set == name for c in cases)
+        assert all(bool(c.tools) == bool(tools) for c in cases)
         assert name == "solver:held_out" or all(("Calculate" in tool_use.off_names(c)) == (not tools) for c in cases)
 
 
@@ -192,9 +210,29 @@ def test_hand_written_file(tmp_path: Path) -> None:
     for lang in ("en", "zh"):
         assert sum(c.lang == lang and bool(c.tools) and bool(c.answer) for c in cases) >= 60
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"question": "1+1", "lang": "en", "kind": "sums"}\n')
-    with pytest.raises(ValueError, match=r"bad.jsonl line 1"):
-        tool_cases.hand_written(bad)
+    good = {"question": "1+\u20281", "lang": "en", "kind": "calculator", "answer": ["2"]}
+    for change, words in (
+        ({"kind": "sums"}, "line 3: give question"),
+        ({"question": 7}, "line 3: give question"),
+        ({"lang": "fr"}, "line 3: lang is 'fr'"),
+        ({"answer": "42"}, r"line 3: answer is '42'; give a list"),  # would be judged by 4 and by 2
+    ):
+        lines = [json.dumps(good, ensure_ascii=False), "", json.dumps(good | change)]
+        bad.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=words):
+            tool_cases.hand_written(bad)
+
+
+def test_fewer_questions_than_asked_for_are_all_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a set that is measured on half of its questions because there are not quite as many as asked for."""
+    monkeypatch.setattr("moss.data.curriculum.PATIENCE", 3)
+    items = iter(questions("identity", "en", n=7))
+
+    def drawn(*_: object) -> object:
+        return next(items, None)
+
+    monkeypatch.setattr("moss.data.curriculum._question", drawn)
+    assert len(tool_cases.scripted("identity", "en", 10, 0)) == 7
 
 
 def test_real_data(data_folder: Path) -> None:
@@ -212,6 +250,13 @@ def test_unknown_set_is_named() -> None:
         tool_use.collect(EvalTools(sets="calculatr"))
     with pytest.raises(ValueError, match="--data"):
         tool_use.collect(EvalTools(sets="gsm8k"))
+
+
+def test_an_output_that_cannot_be_written_is_told_first(tmp_path: Path) -> None:
+    """Prevents an hour of questions whose figures then have no file to go to."""
+    for path, words in ((tmp_path, "is a folder"), (tmp_path / "no" / "x.json", "there is no folder")):
+        with pytest.raises(ValueError, match=words):
+            tool_use.main(EvalTools(sets="nothing", output=path))
 
 
 def test_whole_command(tmp_path: Path, tok: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {"core": 0, "engine": 1, "tools": 2, "data": 3, "train": 4, "synth": 4, "evals": 4, "serve": 5, "entry": 6}
-ENTRY = ("__main__", "terminal", "screen")  # files at the top level that stand above everything: they start it
+# Files at the top level that stand higher than the core: they load an engine's model, or start everything.
+HIGHER = {"resolve": "engine", **dict.fromkeys(("__main__", "terminal", "screen", "session"), "entry")}
 HEAVY = {"transformers", "matplotlib", "sympy", "huggingface_hub"}  # never in the core
 FILES = sorted((ROOT / "moss").rglob("*.py"))
 
@@ -19,7 +20,7 @@ def layer(module: str) -> str:
     parts = module.split(".")
     if len(parts) > 1 and parts[1] in LAYERS:
         return parts[1]
-    return "entry" if len(parts) > 1 and parts[1] in ENTRY else "core"
+    return HIGHER.get(parts[1], "core") if len(parts) > 1 else "core"
 
 
 def module_of(path: Path) -> str:

@@ -291,3 +291,14 @@ def test_log_drops_steps_that_are_done_again(tmp_path: Path) -> None:
     for junk in (b"7\n", b'{"loss": 1}\n', b"\0\0\0\xff\n"):  # what a power cut or an editor leaves
         path.write_bytes(b'{"step": 1}\n' + junk + b'{"step": 2}\n')
         assert read(path) == [{"step": 1}]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_ends_the_log_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents hours of training that end in an exception because the log alone could not be written, or closed."""
+    with RunLog(tmp_path / "log.jsonl") as log:
+        log._file.close()
+        log._file = Path("/dev/full").open("w", encoding="utf-8", buffering=1)  # noqa: SIM115
+        log.write({"step": 1})
+        log.write({"step": 2})
+    assert capsys.readouterr().err.count("cannot be written") == 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
 
 from moss.chat import Dialog, Round, Turn, render
-from moss.engine import Engine, Sampling
+from moss.engine import Engine, Grammar, Sampling, Stream
 from moss.tokenizer import MARKERS, ROLES, Tokenizer, train
 from moss.tools.base import Tool, ToolError, tool
 from moss.tools.run import BROKEN, Done, Error, Event, Notice, Options, Reply, Thoughts, ToolDone, ToolStarted, answer
@@ -93,6 +94,71 @@ def test_tool_turn(tok: Tokenizer) -> None:
     full = Dialog("Be kind.", {"thoughts": True, "calculator": True}, [want])
     whole = render(full, tok)[0]
     assert engine.prompts[1] == render(full, tok, until="results")[0] == whole[: len(engine.prompts[1])]
+
+
+class Watched(ScriptedEngine):
+    """Holds each answer against the grammar that came with its prompt; notes passes with a forbidden id."""
+
+    def __init__(self, answers: Sequence[Sequence[int]]) -> None:
+        super().__init__(answers)
+        self.misfits: list[int] = []  # by number from 0
+
+    def submit(self, *args: Any, grammar: Grammar | None = None, **kwargs: Any) -> Stream:
+        assert grammar is not None
+        state = grammar.start()
+        for id in self.answers[0]:
+            mask = state.mask()
+            if mask is not None and not mask[id]:
+                self.misfits.append(len(self.prompts))
+                break
+            state.advance(id)
+        return super().submit(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("passes", "options"),
+    [
+        ([THINK_ONE, "<|Inner Thoughts|>:" + THINK_ONE, "<|MOSS|>:" + SAY], {}),
+        ([THINK_ONE, "<|Inner Thoughts|>:" + NOTHING, SAY], {}),
+        ([THINK_ONE, "<|MOSS|>", SAY], {"quality": 80}),
+        ([NOTHING, SAY], {"max_rounds": 1}),
+        ([SAY], {"form": "sft"}),
+    ],
+)
+def test_each_pass_fits_its_grammar(tok: Tokenizer, passes: list[str], options: dict[str, Any]) -> None:
+    """The loop and the grammar must mean the same passes, or a good model is bent out of the format."""
+    engine = Watched([ids(tok, text) for text in passes])
+    assert isinstance(list(answer(dialog(), engine, tok, TOOLS, Options(**options)))[-1], Done)
+    assert (engine.misfits, engine.answers) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ' x<eot>\n<|Commands|>: Solve("x=1")<eoc>',  # a tool that is off
+        ' x<eot>\n<|Commands|>: Calculate("1", "2")<eoc>',
+        " x<eot>\n<|Commands|>: " + ", ".join(['Calculate("1")'] * 5) + "<eoc>",  # more than run
+        " x<eom>",
+        " x<|Human|>: do it<eoh>",
+    ],
+)
+def test_grammar_knows_what_is_on(tok: Tokenizer, text: str) -> None:
+    """What the loop would refuse must not be written at all."""
+    engine = Watched([ids(tok, text), ids(tok, SAY), ids(tok, SAY)])
+    list(answer(dialog(solver=False), engine, tok, TOOLS, Options()))
+    assert engine.misfits[:1] == [0]
+
+
+def test_without_grammar(tok: Tokenizer) -> None:
+    """How good a model is by itself can only be measured while nothing holds it."""
+
+    class Free(ScriptedEngine):
+        def submit(self, *args: Any, grammar: Grammar | None = None, **kwargs: Any) -> Stream:
+            assert grammar is None
+            return super().submit(*args, **kwargs)
+
+    events = list(answer(dialog(), Free([ids(tok, NOTHING), ids(tok, SAY)]), tok, TOOLS, Options(grammar=False)))
+    assert turn_of(events).reply == "hello"
 
 
 def test_second_round_is_the_models_choice(tok: Tokenizer) -> None:

@@ -20,7 +20,13 @@ def nano(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("argv", "words"), [(["--scala", "1"], "--scala"), (["--scale", "x"], "x"), (["--seed", "-1"], "-1")]
+    ("argv", "words"),
+    [
+        (["--scala", "1"], "--scala"),
+        (["--scale", "x"], "x"),
+        (["--seed", "-1"], "-1"),
+        (["--bundle", "--scale", "0.05"], "0.05"),  # it would leave a model that learnt nothing in the package
+    ],
 )
 def test_bad_options_are_refused_before_anything_is_made(argv: list[str], words: str):
     """A misspelt option that is ignored starts a quarter of an hour of the wrong run."""

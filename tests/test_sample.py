@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from moss.engine.sample import Plan, Sampling, draw, logprobs_of, narrow, penalize
+from moss.engine.sample import RELEASED, Plan, Sampling, draw, logprobs_of, narrow, penalize, urge
 
 
 def softmax(row: list[float]) -> list[float]:
@@ -17,12 +17,14 @@ def softmax(row: list[float]) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def reference(row: list[float], s: Sampling, seen: set[int], u: float) -> int:
-    """One row, step by step, as the papers and Hugging Face describe it."""
+def reference(row: list[float], s: Sampling, seen: set[int], u: float, length: int = 0) -> int:
+    """One row, step by step, as the papers and Hugging Face describe it; `length` tokens of the answer stand."""
     row = row.copy()
     for i in seen:
         row[i] = row[i] / s.repetition_penalty if row[i] > 0 else row[i] * s.repetition_penalty
+    factors = [s.length_penalty ** max(length - s.length_start, 0) if i in s.stop_ids else 1 for i in range(len(row))]
     if s.temperature == 0:
+        row = [x + math.log(f) for x, f in zip(row, factors)]
         return max(range(len(row)), key=row.__getitem__)
     row = [x / s.temperature for x in row]
     order = sorted(range(len(row)), key=lambda i: -row[i])
@@ -36,8 +38,9 @@ def reference(row: list[float], s: Sampling, seen: set[int], u: float) -> int:
         total += p
     nucleus.sort()
     cumulative = 0.0
-    for i, p in zip(nucleus, softmax([row[i] for i in nucleus])):
-        cumulative += p
+    probs = [p * factors[i] for i, p in zip(nucleus, softmax([row[i] for i in nucleus]))]
+    for i, p in zip(nucleus, probs):
+        cumulative += p / sum(probs)
         if u < cumulative:
             return i
     return nucleus[-1]
@@ -53,16 +56,20 @@ def test_choose_equals_reference() -> None:
                 top_p=rng.choice([1.0, 0.9, 0.5, 0.01]),
                 top_k=rng.choice([0, 1, 3, 10, 99]),
                 repetition_penalty=rng.choice([1.0, 1.02, 1.5]),
+                length_penalty=rng.choice([1.0, 1.1, 3.0]),
+                length_start=rng.choice([0, 4]),
+                stop_ids=frozenset(rng.sample(range(12), 2)),
             )
             for _ in range(8)
         ]
         rows = [[rng.gauss(0, 2) for _ in range(12)] for _ in range(8)]
         seen = torch.rand(8, 12) < 0.3
         uniform = [rng.random() for _ in range(8)]
-        got = Plan(samplings).choose(torch.tensor(rows, dtype=torch.float64), seen, uniform).tolist()
+        lengths = [rng.randrange(9) for _ in range(8)]
+        got = Plan(samplings).choose(torch.tensor(rows, dtype=torch.float64), seen, uniform, lengths).tolist()
         want = [
-            reference(row, s, {i for i in range(12) if mask[i]}, u)
-            for row, s, mask, u in zip(rows, samplings, seen.tolist(), uniform)
+            reference(row, s, {i for i in range(12) if mask[i]}, u, length)
+            for row, s, mask, u, length in zip(rows, samplings, seen.tolist(), uniform, lengths)
         ]
         assert got == want
 
@@ -83,18 +90,62 @@ def test_penalty_by_hand() -> None:
     assert penalize(logits, seen, torch.tensor([2.0])).tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
+def test_length_penalty_by_hand() -> None:
+    """Two tokens past the start at penalty 3: the stop id is nine times as likely, so 1:1 becomes 9:1."""
+    logits, stops = torch.zeros(2, 2), torch.tensor([[True, False], [True, False]])
+    urged = urge(logits, stops, torch.tensor([2, -5]), torch.tensor([3.0, 3.0])).softmax(-1)
+    assert urged.tolist() == [pytest.approx([0.9, 0.1]), [0.5, 0.5]]
+
+
+def test_length_penalty_sets_in_after_its_start() -> None:
+    """The stop id must stay as the model has it until then, and in rows that have no penalty."""
+    plan = Plan([Sampling(temperature=0, stop_ids=frozenset({2, 99}), length_penalty=2.0, length_start=5)] * 2)
+    logits = torch.tensor([[3.0, 0.0, 0.5]] * 2)
+    assert plan.choose(logits, None, [], [5, 0]).tolist() == [0, 0]
+    assert plan.choose(logits, None, [], [8, 9]).tolist() == [0, 2]  # 0.5 + 3 log 2 = 2.58, 0.5 + 4 log 2 = 3.27
+
+
+def test_released_defaults() -> None:
+    """Answers of the released models are compared at the settings they were served with."""
+    assert (RELEASED.temperature, RELEASED.top_p, RELEASED.top_k) == (0.7, 0.8, 0)
+    assert (RELEASED.repetition_penalty, RELEASED.max_tokens, RELEASED.time_limit) == (1.02, 512, 60)
+    assert RELEASED.length_start == 512
+
+
 def test_narrow_by_hand() -> None:
     """Probabilities .5 .3 .1 .1: top_p .8 keeps two, .81 three; the token that crosses the border stays."""
     logits = torch.tensor([[0.1, 0.5, 0.1, 0.3]], dtype=torch.float64).log()
 
     def kept(k: int, p: float) -> list[bool]:
-        return narrow(logits, torch.tensor([k]), torch.tensor([p], dtype=torch.float64))[0].isfinite().tolist()
+        ids, left = narrow(logits, torch.tensor([k]), torch.tensor([p], dtype=torch.float64))
+        assert ids.tolist() == [sorted(ids[0].tolist())]
+        return [id in ids[0, left[0].isfinite()] for id in range(4)]
 
     assert kept(0, 0.79) == [False, True, False, True]
     assert kept(0, 0.85) == [True, True, False, True]
     assert kept(0, 1e-9) == [False, True, False, False]
     assert kept(1, 1.0) == [False, True, False, False]
     assert kept(3, 0.85) == [False, True, False, True]  # top-k renormalises to .56 .33 .11
+
+
+def test_narrow_sorts_enough() -> None:
+    """Rows with ties and unlike settings in a large vocabulary: what is left equals a full sort, in any batch."""
+    rng = random.Random(2)
+    for _ in range(20):
+        logits = torch.tensor([[rng.gauss(0, rng.choice([0.1, 2, 5])) for _ in range(700)] for _ in range(5)])
+        logits = (logits * 4).round() / 4  # ties
+        logits[0, rng.randrange(700) :] = -math.inf  # what a grammar forbids
+        top_k = torch.tensor([rng.choice([0, 0, 1, 40, 900]) for _ in range(5)])
+        top_p = torch.tensor([rng.choice([0.1, 0.8, 0.999, 1.0]) for _ in range(5)], dtype=torch.float64)
+        ids, left = narrow(logits, top_k, top_p)
+        for row in range(5):
+            ordered, order = logits[row].double().sort(descending=True, stable=True)
+            most = int(top_k[row]) or 700
+            probs = ordered[:most].softmax(-1)
+            want = order[:most][(probs.cumsum(-1) - probs < top_p[row]) & (probs > 0)]
+            assert ids[row, left[row].isfinite()].tolist() == want.sort().values.tolist()
+            alone = narrow(logits[row : row + 1], top_k[row : row + 1], top_p[row : row + 1])
+            assert alone[0][alone[1].isfinite()].tolist() == want.sort().values.tolist()
 
 
 def test_draw_follows_the_distribution() -> None:
@@ -123,11 +174,20 @@ def test_logprobs_by_hand() -> None:
     assert logprobs_of(torch.tensor([[3.0, 3.0]]), torch.tensor([1])).item() == pytest.approx(math.log(0.5))
 
 
+def test_logprobs_do_not_depend_on_the_batch() -> None:
+    """A sum over a large vocabulary is split over threads when it stands alone: other bits than in company."""
+    logits = torch.randn(8, 100_000, generator=torch.Generator().manual_seed(1))
+    ids = torch.arange(8)
+    alone = [logprobs_of(logits[i : i + 1], ids[i : i + 1]).item() for i in range(8)]
+    assert logprobs_of(logits, ids).tolist() == alone
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 0}, {"top_p": 1.1},
-        {"top_k": -1}, {"repetition_penalty": 0}, {"max_tokens": 0}, {"time_limit": 0},
+        {"top_k": -1}, {"repetition_penalty": 0}, {"max_tokens": 0}, {"time_limit": 0}, {"length_penalty": 0},
+        {"length_start": -1},
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(bad: dict) -> None:

@@ -11,7 +11,9 @@ from rich.console import Console
 
 from moss.chat import SWITCHES, Dialog
 from moss.engine import Engine, Sampling
-from moss.terminal import Session, answer_line
+from moss.screen import Screen
+from moss.session import Chat
+from moss.terminal import answer_line
 from moss.tokenizer import train
 from moss.tools.base import standard_tools
 from tests.fakes import toy_model
@@ -32,12 +34,17 @@ def test_a_day_of_chatting_keeps_memory_flat():
     with Engine(toy_model(vocab_size=tok.vocab_size, max_length=1200), slots=1) as engine:
         dialog = Dialog("Be kind.", {"thoughts": True, **dict.fromkeys(SWITCHES, True)}, [])
         console = Console(file=io.StringIO(), width=100)
-        chat = Session(dialog, engine, tok, standard_tools(), Sampling(temperature=1.0, max_tokens=40), console=console)
+        chat, screen = (
+            Chat(dialog, engine, tok, standard_tools(), Sampling(temperature=1.0, max_tokens=40)),
+            Screen(console),
+        )
         before = 0.0
         for turn in range(400):
-            answer_line(chat, rng.choice(["hello", "1+1?", "solve x = 1", "/tools solver off", "/tools all", "你好"]))
+            answer_line(
+                chat, screen, rng.choice(["hello", "1+1?", "solve x = 1", "/tools solver off", "/tools all", "你好"])
+            )
             if turn % 20 == 19:
-                answer_line(chat, "/clear")
+                answer_line(chat, screen, "/clear")
                 console.file = io.StringIO()
             if turn == 100:
                 before = memory()

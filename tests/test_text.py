@@ -1,8 +1,7 @@
-"""Tests of the plain documents for pre-training: reproducible, true, in the right language, and read from files."""
+"""Tests of the plain documents for pre-training: reproducible, true, and in the right language."""
 
 from __future__ import annotations
 
-import json
 import re
 from itertools import islice
 from random import Random
@@ -11,7 +10,7 @@ import pytest
 
 from moss.data import text
 from moss.data.talk import LANGS
-from moss.data.text import documents, in_words, read_text
+from moss.data.text import documents, in_words
 
 CJK = re.compile(r"[一-鿿]")
 
@@ -90,32 +89,3 @@ def test_symbols_hold_the_numbers_of_the_words():
         assert len(told) % 2 == 0
         for words, symbols in zip(told[::2], told[1::2], strict=True):
             assert set(re.findall(r"\{\w\}", words)) == set(re.findall(r"\{\w\}", symbols)), words
-
-
-def test_reading_text_and_json_lines(tmp_path):
-    """Prevents lost or joined documents, and a broken line without its place."""
-    (tmp_path / "a.txt").write_text("One.\n二。\n", encoding="utf-8")
-    (tmp_path / "empty.txt").write_text(" \n", encoding="utf-8")
-    rows = [{"text": "first\u2028still first"}, {"text": "第二"}]
-    (tmp_path / "b.jsonl").write_text(
-        "\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8"
-    )
-    paths = [tmp_path / name for name in ("a.txt", "empty.txt", "b.jsonl")]
-    assert list(read_text(paths)) == ["One.\n二。\n", "first\u2028still first", "第二"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"), [("{", r"bad.jsonl:2 is not JSON"), ('{"body": 1}', r"bad.jsonl:2 has no string")]
-)
-def test_bad_lines_are_named_with_their_place(tmp_path, line, message):
-    """Prevents a traceback without file and line for a broken row."""
-    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n' + line + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=message):
-        list(read_text([tmp_path / "bad.jsonl"]))
-
-
-def test_text_that_is_not_utf8_is_named(tmp_path):
-    """Prevents a decoding traceback that does not say which file."""
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):
-        list(read_text([tmp_path / "latin.txt"]))

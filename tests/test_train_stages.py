@@ -191,6 +191,18 @@ def test_resume_in_an_empty_folder_starts(made: Path, tmp_path: Path) -> None:
     assert pretrain.main(base_config(made, steps=1, out=tmp_path / "new", resume=True)) == 0
 
 
+def test_a_model_is_never_replaced(made: Path, tmp_path: Path) -> None:
+    """Prevents the loss of a model that stands in --out: a foreign one, or a finished one without its checkpoints."""
+    for name in ("model.safetensors", "config.json", "moss.json"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("precious")
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=rf"holds a model \({name}\).*choose another --out"):
+                pretrain.main(base_config(made, steps=1, out=out, resume=resume))
+        assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "precious"
+
+
 @pytest.mark.slow
 @pytest.mark.repeated
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(made: Path, tmp_path: Path, repeats: int) -> None:
@@ -259,6 +271,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "not a number": ({"lr": float("nan")}, "--lr is nan"),
     "negative": ({"steps": -1}, "--steps is -1; it must be 0 or more"),
     "decay": ({"decay": 1.5}, "--decay is 1.5"),
+    "seed": ({"seed": 2**63}, "--seed is 9223372036854775808; it must be below"),
     "device": ({"device": "abacus"}, "--device abacus cannot be used"),
     "length": ({"length": 1024, "batch_tokens": 1024}, "--length 1024 is more than the model's max_length 512"),
 }

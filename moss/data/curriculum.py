@@ -103,6 +103,14 @@ def questions(kind: str, lang: str, split: Split = "known", n: int = 500, seed: 
     `known`: reserved questions of trained families; `held_out`: families that training never sees. About a third
     have earlier turns, of trained families. No question comes twice.
     """
+    found = draw_questions(kind, lang, split, n, seed)
+    if len(found) < n:
+        raise ValueError(f"only {len(found)} {split} questions of {kind!r} in {lang!r}; ask for fewer than {n}")
+    return found
+
+
+def draw_questions(kind: str, lang: str, split: Split, n: int, seed: int) -> list[Item]:
+    """As `questions`, but as many as there are where `n` do not exist."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
     found: dict[str, Item] = {}  # by question
@@ -111,10 +119,8 @@ def questions(kind: str, lang: str, split: Split = "known", n: int = 500, seed: 
         item = _question(random.Random(f"{seed}:{kind}:{lang}:{split}:{i}"), kind, lang, split)
         if item is not None and found.setdefault(item.drafts[-1].turn.human, item) is item:
             last = i
-        if len(found) >= n:
+        if len(found) >= n or i - last > PATIENCE:
             return list(found.values())[:n]
-        if i - last > PATIENCE:
-            raise ValueError(f"only {len(found)} {split} questions of {kind!r} in {lang!r}; ask for fewer than {n}")
     raise AssertionError("count() never ends")
 
 
@@ -187,6 +193,8 @@ def rows(config: Curriculum) -> Iterator[dict[str, Any]]:
 
 def main(config: Curriculum) -> int:
     """Entry of `moss data curriculum`."""
+    if config.n < 1:
+        raise ValueError(f"--n is {config.n}; it must be 1 or more")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(config))
     if config.output is None:
         sys.stdout.writelines(lines)

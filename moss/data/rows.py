@@ -20,6 +20,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,11 @@ def documents(paths: Sequence[Path]) -> Iterator[str]:
     for path in paths:
         if path.suffix == ".txt":
             try:
-                yield path.read_text(encoding="utf-8")
+                text = path.read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
                 raise ValueError(f"{path} is not UTF-8 text: byte {error.start} cannot be read") from None
+            if text.strip():
+                yield text
             continue
         for number, row in json_lines(path):
             text = row.get("text")
@@ -140,7 +143,12 @@ def _render_apart(
     """`_render` of each chunk in processes of their own, in order."""
     spawn = multiprocessing.get_context("spawn")  # a fork of a process that runs torch threads can hang
     with ProcessPoolExecutor(workers, spawn, _begin, (tok.to_json(), tok.eos_token, loss, length)) as pool:
-        return list(pool.map(_render_there, chunks))
+        try:
+            return list(pool.map(_render_there, chunks))
+        except BrokenProcessPool:
+            raise ValueError("a process that rendered conversations was killed, perhaps for want of memory") from None
+        finally:  # Ctrl-C must not wait for what has been handed out already
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def by_section(rows: Rows, tok: Tokenizer) -> dict[str, tuple[int, int]]:

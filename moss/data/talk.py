@@ -5,7 +5,7 @@ Half of what a tool-using model must learn is when to leave the tools alone. The
 `family.py`), replies, slots that are drawn anew each time, and follow-up turns that only make sense with what
 was said before. Tools may be switched on here; no turn calls one. Everything is drawn from the `rng` alone.
 
-    python -m moss data show --kind harmful        # or: scene(random.Random(1), "en", switches)
+    scene(random.Random(1), "en", switches, kind="harmful")        # or: moss data curriculum --kind dialogs --n 3
 """
 
 from __future__ import annotations

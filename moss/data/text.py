@@ -1,4 +1,4 @@
-"""Plain documents for pre-training: short, varied texts in English and Chinese, and the reading of plain text files.
+"""Plain documents for pre-training: short, varied texts in English and Chinese.
 
 Half of them are language (stories, letters, facts in prose, lists, sentence pairs, code), half drill what tool
 calls need later: copying numbers exactly, saying numbers in words, and writing "a third of 24" as 24/3. All of it is
@@ -6,15 +6,12 @@ composed from `material/text.toml`, the fact base and the lists; nothing of the 
 so held-out families stay unseen.
 
     next(documents(seed=1, lang="zh"))
-    for document in read_text(["book.txt", "rows.jsonl"]): ...
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
-from pathlib import Path
 from random import Random
 
 from moss.data.talk import LANGS, Filler, material, sentence, topics
@@ -248,35 +245,3 @@ def documents(seed: int, lang: str | None = None) -> Iterator[str]:
         rng = Random(f"text:{seed}:{i}")
         chosen = lang or LANGS[i % len(LANGS)]
         yield rng.choices(makers, weights)[0](rng, chosen)
-
-
-def read_text(paths: Iterable[str | Path]) -> Iterator[str]:
-    """The documents of plain text files (one each) and of JSON lines (one a line, under `text`).
-
-    Raises ValueError that names file, line and what is wrong.
-    """
-    for path in map(Path, paths):
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 text ({error.reason} at byte {error.start}); convert it first"
-            ) from None
-        if path.suffix != ".jsonl":
-            if content.strip():
-                yield content
-            continue
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                yield _json_text(line, f"{path}:{number}")
-
-
-def _json_text(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place} is not JSON ({error.msg}); one object with `text` a line is needed") from None
-    text = row.get("text") if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f"{place} has no string under `text`; found {line.strip()[:60]!r}")
-    return text

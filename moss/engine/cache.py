@@ -6,7 +6,8 @@ side by side: a step then attends over a *view* of the cache, never over a gathe
 may swap two rows to keep it so; a single chat never moves anything.
 
 A row that is given back keeps its content. The next prompt of the same conversation, or any prompt that
-begins alike, reads only what differs; the least recently used row goes first when room is needed.
+begins alike, reads only what differs; the least recently used row goes first when room is needed. Beginnings that
+many prompts share (the meta instruction with its switches) are kept apart from the rows as well, at their own length.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 FIRST_LENGTH = 256  # tokens a row can hold before the cache first grows
 WORTH_COPYING = 16  # a prefix shorter than this is read again: cheaper than copying it from another row
+PREFIXES = 8  # shared beginnings kept at once
 
 
 @dataclass
@@ -33,6 +35,15 @@ class Slot:
     used: int = 0  # tick of the last use
 
 
+@dataclass
+class Prefix:
+    """A beginning that prompts share: its ids, and per layer their keys and values (G, length, E)."""
+
+    ids: list[int]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading ids `a` and `b` share."""
     length = min(len(a), len(b))
@@ -44,11 +55,13 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class Window:
     """The cache as one forward pass sees it: `count` neighbouring rows, each of which gets T new tokens.
 
-    `starts[i]` is how many tokens row `first + i` already holds; the new ones are written behind them.
+    `starts[i]` is how many tokens row `first + i` already holds; the new ones are written behind them. A window of a
+    window is a part of its pass.
     """
 
-    def __init__(self, cache: Cache, first: int, starts: Sequence[int], num_new: int) -> None:
+    def __init__(self, cache: Cache | Window, first: int, starts: Sequence[int], num_new: int) -> None:
         self.keys, self.values = cache.keys, cache.values
+        self.starts = list(starts)
         self.rows = slice(first, first + len(starts))
         self.num_new = num_new
         self.length = max(starts) + num_new  # S: no row holds more, so nothing beyond it is read
@@ -96,38 +109,68 @@ class Cache:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        block: int = 1,
+        width: int = 1,
     ) -> None:
+        """`block` and `width` are for passes of one fixed shape (`fixed.py`): the number of columns is a multiple of
+        `block`, and there are at least `width` rows as soon as there are two.
+        """
         if slots < 1:
             raise ValueError(f"slots is {slots}; a cache needs at least one")
         self.max_slots, self.max_length = slots, max_length
+        self.block, self.width = block, width
+        self.prefixes: list[Prefix] = []  # least recently used first
         self.slots: list[Slot] = []
         self.live: list[Slot] = []
         self._tick = 0
-        shape = (1, num_kv_heads, min(FIRST_LENGTH, max_length), head_dim)
+        shape = (1, num_kv_heads, self._columns(min(FIRST_LENGTH, max_length)), head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
-    def acquire(self, prompt: Sequence[int], user: Any, conversation: Hashable | None = None) -> Slot | None:
-        """A row for `prompt` that already holds as much of its beginning as any row does; None when all are busy.
+    @property
+    def room(self) -> bool:
+        """Whether `acquire` would find a row."""
+        return len(self.slots) < self.max_slots or any(slot.user is None for slot in self.slots)
 
-        `slot.ids` is what needs no reading; at least the last id of the prompt always remains to be read.
-        """
-        prompt = list(prompt)
-        usable = prompt[:-1]
-        lengths = [common_prefix(slot.ids, usable) for slot in self.slots]
+    def acquire(self, user: Any, conversation: Hashable | None = None) -> Slot | None:
+        """A row for one request, the conversation's own where it has one; None when all are busy."""
         slot = self._place(conversation)
         if slot is None:
             return None
-        held = lengths[slot.row] if slot.row < len(lengths) else 0
-        source = max(range(len(lengths)), key=lengths.__getitem__, default=0)
-        if lengths and lengths[source] >= held + WORTH_COPYING:
-            held = lengths[source]
-            for store in (*self.keys, *self.values):
-                store[slot.row, :, :held] = store[source, :, :held]
-        slot.ids = usable[:held]
         slot.conversation, slot.user = conversation, user
         self._touch(slot)
         return slot
+
+    def reuse(self, slot: Slot, prompt: Sequence[int]) -> int:
+        """Let the row hold as much of the prompt's beginning as any row or kept prefix does; returns how much that is.
+
+        `slot.ids` is then what needs no reading; at least the last id of the prompt always remains to be read.
+        """
+        usable = list(prompt[:-1])
+        held = common_prefix(slot.ids, usable)
+        longest, source = held + WORTH_COPYING - 1, None
+        for other in (*self.slots, *self.prefixes):
+            length = common_prefix(other.ids, usable)
+            if length > longest:
+                longest, source = length, other
+        if source is not None:
+            held = longest
+            self._copy(source, slot, held)
+        slot.ids = usable[:held]
+        return held
+
+    def keep(self, slot: Slot, length: int) -> None:
+        """Keep the first `length` ids of a row for other prompts; of the kept ones the least recently used goes."""
+        ids = slot.ids[:length]
+        if length < WORTH_COPYING:
+            return
+        known = next((prefix for prefix in self.prefixes if prefix.ids == ids), None)
+        if known is None:
+            keys, values = ([store[slot.row, :, :length].clone() for store in kv] for kv in (self.keys, self.values))
+            known = Prefix(ids, keys, values)
+        else:
+            self.prefixes.remove(known)
+        self.prefixes = [*self.prefixes, known][-PREFIXES:]
 
     def release(self, slot: Slot) -> None:
         """Give a row back. Its content stays until the row is needed; without a conversation it goes first."""
@@ -181,6 +224,15 @@ class Cache:
             return self.slots[-1]
         return min(unowned or idle, key=lambda slot: slot.used, default=None)
 
+    def _copy(self, source: Slot | Prefix, slot: Slot, length: int) -> None:
+        """Write the first `length` keys and values of `source` into a row."""
+        if isinstance(source, Prefix):
+            for store, kept in zip((*self.keys, *self.values), (*source.keys, *source.values)):
+                store[slot.row, :, :length] = kept[:, :length]
+        else:
+            for store in (*self.keys, *self.values):
+                store[slot.row, :, :length] = store[source.row, :, :length]
+
     def _touch(self, slot: Slot) -> None:
         self._tick += 1
         slot.used = self._tick
@@ -197,6 +249,10 @@ class Cache:
         a.row, b.row = b.row, a.row
         self.slots[a.row], self.slots[b.row] = a, b
 
+    def _columns(self, length: int) -> int:
+        """`length`, but no more than a row may hold, in whole blocks."""
+        return -(-min(length, self.max_length) // self.block) * self.block
+
     def _reserve(self, length: int) -> None:
         """Grow the tensors until they have `length` columns and a row for every slot."""
         assert length <= self.max_length, (length, self.max_length)
@@ -207,7 +263,8 @@ class Cache:
             columns *= 2
         while rows < len(self.slots):
             rows *= 2
-        shape = (min(rows, self.max_slots), heads, min(columns, self.max_length), size)
+        rows = min(rows, self.max_slots)
+        shape = (rows if rows == 1 else max(rows, self.width), heads, self._columns(columns), size)
         for stores in (self.keys, self.values):
             for layer, old in enumerate(stores):
                 # Zeros, not garbage: a masked column has weight 0, and 0 * NaN would still be NaN.

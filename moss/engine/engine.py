@@ -1,9 +1,11 @@
 """The engine: many requests over one model, each a stream of tokens.
 
-`submit` hands a prompt of ids to one background thread and returns at once. The thread repeats one step:
-read a piece of at most one waiting prompt, then decode one token for every request that is under way. So
-requests join and leave at every step and a long prompt holds up nobody for longer than one piece. What a
-request read stays in its cache row (`cache.py`), and the next prompt reads only what differs.
+`submit` hands a prompt of ids to one background thread and returns at once. The thread repeats one step: read a
+piece of a prompt, then decode one token for every request that is under way. So requests join and leave at every
+step and a long prompt holds up nobody for longer than one piece; prompts that are being read take turns, and those
+that wait for a row stand in a bounded queue that is fair to owners (`requests.py`). What a request read stays in its
+cache row (`cache.py`), and the next prompt reads only what differs. Where one request decodes alone, what it copies
+is guessed and read several tokens at a time (`lookup.py`).
 
     engine = Engine(model)
     stream = engine.submit(ids, Sampling(temperature=0, stop_ids=frozenset({eom})), conversation="a")
@@ -19,88 +21,27 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import math
-import random
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from queue import SimpleQueue
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from moss.engine.cache import Cache, Slot
+from moss.engine.cache import Cache
+from moss.engine.fixed import FixedRunner
+from moss.engine.lookup import Lookup
+from moss.engine.requests import EngineError, Grammar, Queue, Request, Stream, Token
 from moss.engine.sample import Plan, Sampling, logprobs_of
+from moss.engine.step import Runner, runner
 from moss.model import Decoder
 
-PIECE = 512  # prompt tokens read between two decode steps; also positions scored at once
-
-
-class EngineError(RuntimeError):
-    """The engine failed while it worked on a request; the cause is attached."""
-
-
-@dataclass(frozen=True, slots=True)
-class Token:
-    """One generated id, its log-probability under the model, and the likeliest ids where they were asked for."""
-
-    id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-
-class Stream:
-    """The tokens of one request, in order; `finish` says why it ended, None while it runs."""
-
-    def __init__(self, prompt_tokens: int) -> None:
-        self.prompt_tokens = prompt_tokens
-        self.reused = 0  # prompt tokens that some cache row already held
-        self.finish: str | None = None
-        self._tokens: SimpleQueue[Token | None] = SimpleQueue()
-        self._error: BaseException | None = None
-        self._cancelled = False
-
-    def __iter__(self) -> Iterator[Token]:
-        return self
-
-    def __next__(self) -> Token:
-        token = self._tokens.get()
-        if token is not None:
-            return token
-        self._tokens.put(None)  # the end stays readable
-        if self._error is not None:
-            told = str(self._error) if isinstance(self._error, EngineError) else f"the engine failed: {self._error!r}"
-            raise EngineError(told) from self._error
-        raise StopIteration
-
-    def cancel(self) -> None:
-        """Ask the request to end; its row is free at the engine's next step. Tokens already made can be read."""
-        self._cancelled = True
-
-    def _end(self, finish: str | None, error: BaseException | None = None) -> None:
-        self.finish, self._error = finish, error
-        self._tokens.put(None)
-
-
-class _Request:
-    """What the worker knows about one stream."""
-
-    def __init__(self, ids: list[int], sampling: Sampling, conversation: Hashable | None, owner: str, num_top: int):
-        self.ids = ids  # prompt and answer so far
-        self.sampling = sampling
-        self.conversation = conversation
-        self.owner = owner
-        self.num_top = num_top
-        self.stream = Stream(len(ids))
-        self.limit = len(ids) + sampling.max_tokens
-        self.deadline = math.inf if sampling.time_limit is None else time.monotonic() + sampling.time_limit
-        self.random = random.Random(sampling.seed)  # its own numbers, so that neighbours change nothing
-        self.slot: Slot | None = None
-        self.seen: Tensor | None = None  # (V,) bool, only with a repetition penalty
+PIECE = 512  # prompt tokens read in one step; also positions scored at once
+SHARED_PIECE = 128  # the same while others decode and wait for the step to end
+READERS = 4  # prompts that are read in turns; more of them would only all be late
 
 
 class _Border:
@@ -119,9 +60,11 @@ class _Border:
 
 
 class Engine:
-    """Continuous batching of up to `slots` requests over one model and one cache.
+    """Continuous batching of up to `slots` requests over one model and one cache; `queue` more may wait.
 
     `max_length` bounds prompt and answer together; it is the model's own length unless a shorter one is given.
+    `deterministic` makes the scores of a prompt the same to the last bit whatever else runs or is remembered, at a
+    price (`fixed.py`). `lookup` guesses what is copied; it changes no answer.
     """
 
     def __init__(
@@ -131,12 +74,17 @@ class Engine:
         slots: int = 32,
         device: torch.device | str | None = None,
         max_length: int | None = None,
+        queue: int = 256,
+        deterministic: bool = False,
+        lookup: bool = True,
     ) -> None:
         self.model = (model if device is None else model.to(device)).eval()
         weight = next(self.model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.slots = slots
+        self.slots, self.lookup = slots, lookup
         self.max_length = min(model.config.max_length, max_length or model.config.max_length)
+        self.runner: Runner = FixedRunner(self.model) if deterministic else runner(self.model)
+        self._waiting = Queue(queue)
         self._inbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()  # guards the inbox, the thread and `_closed`
         self._thread: threading.Thread | None = None
@@ -157,14 +105,17 @@ class Engine:
         *,
         conversation: Hashable | None = None,
         owner: str = "",
-        grammar: None = None,
+        grammar: Grammar | None = None,
         logprobs: int = 0,
+        prefix: int = 0,
     ) -> Stream:
         """Continue `ids`; returns at once with the stream of new tokens, the one that stops it included.
 
         conversation: the cache row is kept under this name, so that the next prompt reads only what is new.
-        owner: who asks. grammar: what may come next; there is none yet. logprobs: how many likeliest ids to report.
-        ValueError where the prompt is empty, holds an unknown id, or leaves no room for one token.
+        owner: who asks; owners take turns. grammar: what may come next. logprobs: how many likeliest ids to report.
+        prefix: so many leading ids will open other conversations too, and are kept for them.
+        ValueError where the prompt is empty, holds an unknown id, or leaves no room for one token; QueueFull where
+        too many requests wait.
         """
         ids = list(ids)
         vocab_size = self.model.config.vocab_size
@@ -175,18 +126,27 @@ class Engine:
         if not 0 <= min(ids) <= max(ids) < vocab_size:
             bad = next(id for id in ids if not 0 <= id < vocab_size)
             raise ValueError(f"id {bad} is not in the model's vocabulary of {vocab_size}; is this its tokenizer?")
-        if grammar is not None:
-            raise ValueError("this engine follows no grammar; leave it None")
+        if not 0 <= prefix <= len(ids):
+            raise ValueError(f"prefix is {prefix}; the prompt has {len(ids)} ids")
         if not 0 <= logprobs <= vocab_size:
             raise ValueError(f"logprobs is {logprobs}; ask for 0 to {vocab_size}")
-        request = _Request(ids, sampling, conversation, owner, logprobs)
-        self._post(lambda: self._waiting.append(request))
+        request = Request(
+            ids,
+            sampling,
+            conversation=conversation,
+            owner=owner,
+            grammar=grammar,
+            num_top=logprobs,
+            prefix=prefix,
+            lookup=Lookup() if self.lookup else None,
+        )
+        self._wake(lambda: self._waiting.put(request))
         return request.stream
 
     def forget(self, conversation: Hashable) -> None:
         """This conversation will not go on: its cache row may be given to others. A closed engine has forgotten all."""
         with contextlib.suppress(EngineError):
-            self._post(lambda: self._cache.forget(conversation))
+            self._wake(lambda: self._inbox.append(lambda: self._cache.forget(conversation)))
 
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> list[float]:
@@ -211,12 +171,12 @@ class Engine:
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
-    def _post(self, action: Callable[[], None]) -> None:
-        """Let the worker do something before its next step; starts it where it does not run."""
+    def _wake(self, post: Callable[[], None]) -> None:
+        """Post something for the worker and wake it; starts it where it does not run."""
         with self._changed:
             if self._closed:
                 raise EngineError("the engine is closed")
-            self._inbox.append(action)
+            post()
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(target=self._work, name="moss-engine", daemon=True)
                 self._thread.start()
@@ -225,10 +185,9 @@ class Engine:
     # What follows runs in the worker thread only.
 
     def _reset(self) -> None:
-        """Nothing waits, nothing runs, nothing is remembered."""
+        """Nothing runs, nothing is remembered."""
         config = self.model.config
-        self._waiting: deque[_Request] = deque()
-        self._reading: _Request | None = None
+        self._reading: deque[Request] = deque()  # they have a row, and their prompts are read in turns
         self._plan: Plan | None = None  # of the rows that decode; None after any of them joined or left
         self._cache = Cache(
             config.num_layers,
@@ -238,12 +197,14 @@ class Engine:
             max_length=self.max_length,
             dtype=self.dtype,
             device=self.device,
+            block=self.runner.block if isinstance(self.runner, FixedRunner) else 1,
+            width=self.runner.width if isinstance(self.runner, FixedRunner) else 1,
         )
 
     def _work(self) -> None:
         open_ = True
         while open_:
-            with _Border(self._fail), torch.inference_mode():
+            with _Border(lambda error: self._drop(None, error)), torch.inference_mode():
                 while open_ := self._take():
                     self._sweep()
                     self._read()
@@ -259,17 +220,18 @@ class Engine:
                 self._inbox.popleft()()
             if not self._closed:
                 return True
-        for request in self._requests():
-            request.stream._end("cancelled")
+        self._drop("cancelled")
         return False
 
-    def _requests(self) -> list[_Request]:
-        reading = [self._reading] if self._reading else []
-        return [slot.user for slot in self._cache.live] + reading + list(self._waiting)
+    def _requests(self) -> list[Request]:
+        return [*(slot.user for slot in self._cache.live), *self._reading, *self._waiting.all()]
 
-    def _fail(self, error: BaseException) -> None:
-        for request in self._requests():
-            request.stream._end(None, error)
+    def _drop(self, finish: str | None, error: BaseException | None = None) -> None:
+        """End all requests, wherever they are, and start anew."""
+        for request in (*(slot.user for slot in self._cache.live), *self._reading):
+            request.stream._end(finish, error)
+        while (request := self._waiting.take()) is not None:
+            request.stream._end(finish, error)
         self._reset()
 
     def _sweep(self) -> None:
@@ -282,70 +244,119 @@ class Engine:
                 self._end(request, "time")
 
     def _read(self) -> None:
-        """Read up to PIECE tokens of the prompts that wait, in their order; a prompt that is read joins the others."""
-        budget = PIECE
-        while budget > 0 and (request := self._reading or self._admit()):
+        """Read a piece of the prompts that have a row, in turns; a prompt that is read joins those that decode."""
+        budget = SHARED_PIECE if self._cache.live else PIECE
+        while budget > 0:
+            self._admit()
+            if not self._reading:
+                return
+            request = self._reading[0]
             slot = request.slot
             assert slot is not None
+            if not request.started:
+                request.started = True
+                request.stream.reused = self._cache.reuse(slot, request.ids)
             piece = request.ids[len(slot.ids) : len(slot.ids) + budget]
-            hidden = self._forward(slot.row, [len(slot.ids)], [piece])
+            hidden = self._forward(slot.row, [len(slot.ids)], [piece])[:, -1]
             slot.ids += piece
             budget -= len(piece)
+            self._reading.rotate(-1)
             if len(slot.ids) == len(request.ids):
+                self._cache.keep(slot, request.prefix)
                 self._cache.join(slot)
-                self._reading = self._plan = None
-                self._choose([request], Plan([request.sampling], self.device), hidden)
+                self._reading.remove(request)
+                self._plan = None
+                budget = min(budget, SHARED_PIECE)
+                self._choose([request], Plan([request.sampling], self.device), self._logits(hidden))
 
-    def _admit(self) -> _Request | None:
-        """The next waiting request with a row of its own; None where nobody waits or no row is free."""
-        if not self._waiting:
-            return None
-        request = self._waiting[0]
-        slot = self._cache.acquire(request.ids, request, request.conversation)
-        if slot is None:
-            return None
-        self._waiting.popleft()
-        request.slot, self._reading = slot, request
-        request.stream.reused = len(slot.ids)
+    def _admit(self) -> None:
+        """Give a waiting request a row, if anybody waits, a row is free and few prompts are being read."""
+        if len(self._reading) >= READERS or not self._cache.room:
+            return
+        request = self._waiting.take()
+        if request is None:
+            return
+        self._reading.append(request)
+        request.slot = self._cache.acquire(request, request.conversation)
         if request.sampling.repetition_penalty != 1:
             request.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
             request.seen[torch.tensor(request.ids, device=self.device)] = True
-        return request
 
     def _decode(self) -> None:
-        """One token for every request that is under way."""
+        """One token for every request that is under way; several for one that is alone and copies."""
         live = self._cache.live
-        requests: list[_Request] = [slot.user for slot in live]
-        last = [request.ids[-1] for request in requests]
-        hidden = self._forward(live[0].row, [len(slot.ids) for slot in live], [[id] for id in last])
-        for slot, id in zip(live, last):
-            slot.ids.append(id)
+        requests: list[Request] = [slot.user for slot in live]
         if self._plan is None:
             self._plan = Plan([request.sampling for request in requests], self.device)
-        self._choose(requests, self._plan, hidden)
+        lookup = requests[0].lookup if len(requests) == 1 else None
+        if lookup is not None:
+            self._look_up(requests[0], lookup, self._plan)
+            return
+        last = [request.ids[-1] for request in requests]
+        hidden = self._forward(live[0].row, [len(slot.ids) for slot in live], [[id] for id in last])[:, -1]
+        for slot, id in zip(live, last):
+            slot.ids.append(id)
+        self._choose(requests, self._plan, self._logits(hidden))
+
+    def _look_up(self, request: Request, lookup: Lookup, plan: Plan) -> None:
+        """Read the last token and a guess of what follows in one pass, and go as far as the guess was right.
+
+        Each token is chosen exactly as it would be step by step; keys of guesses that were wrong are overwritten.
+        """
+        started = time.perf_counter()
+        slot, stream = request.slot, request.stream
+        assert slot is not None
+        room = min(request.limit, self.max_length) - len(request.ids) - 1
+        draft = lookup.propose(request.ids, room)
+        read = [request.ids[-1], *draft]
+        logits = self._logits(self._forward(slot.row, [len(slot.ids)], [read])[0])  # (T, V)
+        stream.drafted += len(draft)
+        accepted = 0
+        for place, id in enumerate(read):
+            if slot.user is not request or request.ids[-1] != id:
+                break
+            accepted = place
+            stream.accepted += place > 0
+            slot.ids.append(id)
+            self._choose([request], plan, logits[place : place + 1])
+        seconds = time.perf_counter() - started
+        if draft:
+            lookup.passed(accepted, seconds)
+        else:
+            lookup.stepped(seconds)
 
     def _forward(self, first: int, starts: list[int], ids: list[list[int]]) -> Tensor:
-        """Run the model over new ids of neighbouring rows; returns the last position's hidden states (B, D)."""
+        """Run the model over new ids (B, T) of neighbouring rows; returns their hidden states (B, T, D)."""
         window = self._cache.window(first, starts, len(ids[0]))
         batch = torch.tensor(ids, device=self.device)
-        return self.model.hidden(batch, positions=window.positions, cache=window)[:, -1]
+        return self.runner.hidden(batch, positions=window.positions, cache=window)
 
-    def _choose(self, requests: list[_Request], plan: Plan, hidden: Tensor) -> None:
-        """Pick the next token of each row from its hidden state (B, D) and deliver it."""
-        logits = self.model.logits(hidden).float()  # (B, V)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (B, D) -> scores (B, V) in float32."""
+        logits = self.runner.logits(hidden).float()
         if not logits.isfinite().all():
             raise EngineError(
                 f"the model's scores are not finite: its weights are damaged, or too large for {self.dtype}"
             )
+        return logits
+
+    def _choose(self, requests: Sequence[Request], plan: Plan, logits: Tensor) -> None:
+        """Pick the next token of each row from its scores (B, V) and deliver it."""
         seen = None
         if plan.penalizes:
             nothing = logits.new_zeros(logits.shape[-1], dtype=torch.bool)
             seen = torch.stack([nothing if request.seen is None else request.seen for request in requests])
         uniform = [] if plan.greedy else [request.random.random() for request in requests]
-        chosen = plan.choose(logits, seen, uniform)
+        masks = [None if request.following is None else request.following.mask() for request in requests]
+        allowed = _masked(logits, masks)
+        chosen = plan.choose(allowed, seen, uniform, [request.num_new for request in requests])
         tops = self._tops(logits, max(request.num_top for request in requests))
-        for request, id, logprob, top in zip(requests, chosen.tolist(), logprobs_of(logits, chosen).tolist(), tops):
-            self._deliver(request, Token(id, logprob, top[: request.num_top]))
+        told = zip(requests, masks, chosen.tolist(), logprobs_of(logits, chosen).tolist(), tops)
+        for request, mask, id, logprob, top in told:
+            if mask is None or mask[id]:
+                self._deliver(request, Token(id, logprob, top[: request.num_top]))
+            else:
+                self._end(request, None, EngineError("the grammar of this request allows no token to follow"))
 
     def _tops(self, logits: Tensor, number: int) -> Iterable[tuple[tuple[int, float], ...]]:
         """For each row the `number` likeliest ids with their log-probabilities."""
@@ -354,7 +365,7 @@ class Engine:
         values, ids = logits.log_softmax(-1).topk(number)
         return [tuple(zip(*row)) for row in zip(ids.tolist(), values.tolist())]
 
-    def _deliver(self, request: _Request, token: Token) -> None:
+    def _deliver(self, request: Request, token: Token) -> None:
         request.ids.append(token.id)
         request.stream._tokens.put(token)
         if request.seen is not None:
@@ -363,20 +374,34 @@ class Engine:
             self._end(request, "stop")
         elif len(request.ids) >= min(request.limit, self.max_length):
             self._end(request, "length")
+        elif request.following is not None:
+            request.following.advance(token.id)
 
-    def _end(self, request: _Request, finish: str) -> None:
+    def _end(self, request: Request, finish: str | None, error: BaseException | None = None) -> None:
         """Take a request out from wherever it is, keep what its row holds, and close its stream."""
         slot = request.slot
         if slot is None:
             self._waiting.remove(request)
         else:
-            if request is self._reading:
-                self._reading = None
+            if request in self._reading:
+                self._reading.remove(request)
             else:
                 self._cache.leave(slot)
                 self._plan = None
             self._cache.release(slot)
-        request.stream._end(finish)
+        request.stream._end(finish, error)
+
+
+def _masked(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+    """Scores (B, V) with -inf where a row's mask forbids the id; a row that forbids all of them stays as it is."""
+    if all(mask is None for mask in masks):
+        return logits
+    logits = logits.clone()
+    for row, mask in zip(logits, masks):
+        if mask is not None and mask.any():
+            row[: len(mask)].masked_fill_(~mask.to(row.device), -torch.inf)
+            row[len(mask) :] = -torch.inf  # ids that the tokenizer does not have
+    return logits
 
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()

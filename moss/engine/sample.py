@@ -1,7 +1,7 @@
 """Choosing the next token: pure functions over logits, batched, every row with its own settings.
 
-The order is the usual one: repetition penalty, temperature, top-k, top-p, draw. A draw turns one uniform
-number per row into a token by the inverse of the cumulative distribution in id order, so that what a request
+The order is the usual one: repetition penalty, temperature, top-k, top-p, length penalty, draw. A draw turns one
+uniform number per row into a token by the inverse of the cumulative distribution in id order, so that what a request
 gets depends on its seed and its logits alone, never on which other requests share the step or on the device.
 """
 
@@ -25,6 +25,8 @@ class Sampling:
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
     top_k: int = 0  # keep this many of the likeliest tokens; 0 keeps all
     repetition_penalty: float = 1.0  # > 1 makes every id of the prompt and of the answer so far less likely
+    length_penalty: float = 1.0  # > 1 makes stop ids likelier in long answers: its power of the tokens past the start
+    length_start: int = 512  # tokens of the answer before the length penalty sets in
     max_tokens: int = 512
     stop_ids: frozenset[int] = frozenset()  # the id that ends the request is delivered as its last token
     seed: int | None = None
@@ -36,12 +38,18 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            ("length_penalty", 0 < self.length_penalty < math.inf, "above 0; 1 is off"),
+            ("length_start", self.length_start >= 0, "0 or more"),
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("time_limit", self.time_limit is None or self.time_limit > 0, "above 0 seconds, or None"),
         )
         for name, good, fix in checks:
             if not good:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be {fix}")
+
+
+# The defaults that the released models were served with (moss-moon-003; their demos also had top_k 40).
+RELEASED = Sampling(temperature=0.7, top_p=0.8, repetition_penalty=1.02, max_tokens=512, time_limit=60)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
@@ -53,21 +61,45 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(logits > 0, logits / weight, logits * weight)
 
 
-def narrow(logits: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """Logits (B, V) with -inf where top-k (B,) and then top-p (B,) drop a token; the likeliest always stays."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(logits.shape[-1], device=logits.device)
-    kept = (rank < top_k[:, None]) | (top_k[:, None] == 0)
-    probs = ordered.masked_fill(~kept, -math.inf).softmax(-1, dtype=torch.float64)
-    before = probs.cumsum(-1) - probs  # probability of all likelier tokens
+def narrow(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+    """What top-k (B,) and then top-p (B,) leave of logits (B, V), the likeliest at least: (ids, logits), both (B, K).
+
+    The ids ascend; the logits are -inf where an id is dropped. Only what may stay is sorted: an id of probability p is
+    dropped by top-p if p <= (1 - top_p) / V, since all that are no likelier make up at most V * p.
+    """
+    size = logits.shape[-1]
+    logprobs = logits.log_softmax(-1)
+    possible = logprobs > ((1 - top_p) / size).log()[:, None]
+    most = int(top_k.max())
+    if most > 0:
+        best = logits.topk(min(most, size)).values
+        least = best.gather(-1, (top_k.clamp(1, size) - 1)[:, None])
+        possible = torch.where(top_k[:, None] > 0, (logits >= least) & (logits > -math.inf), possible)
+    ids = logits.topk(int(possible.sum(-1).max())).indices.sort(-1).values
+    ordered, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    kept = possible.gather(-1, ids).gather(-1, order)
+    kept &= (torch.arange(ids.shape[-1], device=ids.device) < top_k[:, None]) | (top_k[:, None] == 0)
+    probs = logprobs.gather(-1, ids).gather(-1, order).double().exp() * kept
+    probs = torch.where(top_k[:, None] > 0, probs / probs.sum(-1, keepdim=True), probs)
+    before = probs.cumsum(-1) - probs  # probability of all likelier ids
     kept &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
     kept[:, 0] = True
-    return logits.masked_fill(~torch.zeros_like(kept).scatter(-1, order, kept), -math.inf)
+    ordered = ordered.masked_fill(~kept, -math.inf)
+    return ids, torch.empty_like(ordered).scatter_(-1, order, ordered)
+
+
+def urge(logits: Tensor, stops: Tensor, past: Tensor, penalty: Tensor) -> Tensor:
+    """Length penalty: the probability of the stop ids times penalty ** past, before the draw makes the sum 1 again.
+
+    logits (B, V), stops (B, V) bool, past (B,) tokens beyond the start (below 0 counts as 0), penalty (B,).
+    """
+    return logits + torch.where(stops, (past.clamp(min=0) * penalty.log())[:, None], 0.0)
 
 
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Token ids (B,) for uniform numbers (B,) in [0, 1): the first id whose cumulative probability exceeds it."""
-    cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    """Places (B,) in logits (B, K) for uniform numbers (B,) in [0, 1): the first whose cumulative share exceeds it."""
+    weights = (logits - logits.amax(-1, keepdim=True)).double().exp()
+    cumulative = weights.cumsum(-1)
     total = cumulative[:, -1:]
     # Strictly below the true total, so that rounding can never point past the last possible id.
     target = torch.minimum(uniform[:, None] * total, total.nextafter(torch.zeros_like(total)))
@@ -78,31 +110,62 @@ class Plan:
     """The settings of the rows of one batch as tensors; made anew only when rows join or leave."""
 
     def __init__(self, samplings: Sequence[Sampling], device: torch.device | str = "cpu") -> None:
+        self.samplings, self.device = samplings, device
         self.greedy = all(s.temperature < COLD for s in samplings)
         self.penalizes = any(s.repetition_penalty != 1 for s in samplings)
         self.narrows = any(s.temperature >= COLD and (s.top_k or s.top_p < 1) for s in samplings)
-        self.device = device
+        self.urges = any(s.length_penalty != 1 for s in samplings)
         self.cold = torch.tensor([s.temperature < COLD for s in samplings], device=device)  # (B,)
         self.temperature = torch.tensor([max(s.temperature, COLD) for s in samplings], device=device)
         self.top_k = torch.tensor([s.top_k for s in samplings], device=device)
         self.top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)
         self.penalty = torch.tensor([s.repetition_penalty for s in samplings], device=device)
+        self._stops: Tensor | None = None  # (B, V) bool
+        self.length_penalty = torch.tensor([s.length_penalty for s in samplings], device=device)
 
-    def choose(self, logits: Tensor, seen: Tensor | None, uniform: Sequence[float]) -> Tensor:
-        """Next ids (B,) from float logits (B, V). `seen` (B, V) is needed only where a row has a penalty."""
+    def choose(
+        self, logits: Tensor, seen: Tensor | None, uniform: Sequence[float], lengths: Sequence[int] = ()
+    ) -> Tensor:
+        """Next ids (B,) from float logits (B, V).
+
+        `seen` (B, V) is needed only where a row has a penalty, `uniform` (B) only where one is drawn, `lengths` (B),
+        the tokens of each answer so far, only where one has a length penalty.
+        """
         if self.penalizes:
             assert seen is not None
             logits = penalize(logits, seen, self.penalty)
-        best = logits.argmax(-1)
+        cold = self._urge(logits, None, lengths).argmax(-1)
         if self.greedy:
-            return best
+            return cold
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature[:, None]  # below 0: cannot overflow
+        ids = None
         if self.narrows:
-            logits = narrow(logits, self.top_k, self.top_p)
+            ids, logits = narrow(logits, self.top_k, self.top_p)
+        logits = self._urge(logits, ids, lengths)
         drawn = draw(logits, torch.tensor(uniform, dtype=torch.float64, device=self.device))
-        return torch.where(self.cold, best, drawn)
+        if ids is not None:
+            drawn = ids.gather(-1, drawn[:, None])[:, 0]
+        return torch.where(self.cold, cold, drawn)
+
+    def _urge(self, logits: Tensor, ids: Tensor | None, lengths: Sequence[int]) -> Tensor:
+        """Apply the length penalty to logits (B, K) of `ids` (None: of all), where any row is past its start."""
+        if not self.urges:
+            return logits
+        past = [length - s.length_start for length, s in zip(lengths, self.samplings, strict=True)]
+        if max(past) <= 0:
+            return logits
+        if self._stops is None:
+            assert ids is None, "greedy comes first and sees all"
+            self._stops = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
+            for row, sampling in zip(self._stops, self.samplings):
+                row[[id for id in sampling.stop_ids if 0 <= id < len(row)]] = True
+        stops = self._stops if ids is None else self._stops.gather(-1, ids)
+        return urge(logits, stops, torch.tensor(past, device=self.device), self.length_penalty)
 
 
 def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-probability (B,) of ids (B,) under the model itself: before penalty, temperature and filters."""
-    return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+    """Log-probability (B,) of ids (B,) under the model itself: before penalty, temperature and filters.
+
+    Through log_softmax, which works row by row: a sum over the vocabulary is split differently in other batches.
+    """
+    return logits.log_softmax(-1).gather(-1, ids[:, None])[:, 0]

@@ -7,16 +7,14 @@ released conversations, and grade-school problems. They are measured, never trai
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn
-from moss.data.curriculum import TOOL_KINDS, questions
+from moss.data.curriculum import TOOL_KINDS, draw_questions
 from moss.data.family import Item
+from moss.data.rows import json_lines
 from moss.tools.base import parse_commands
 
 LANGS = ("en", "zh")
@@ -46,6 +44,7 @@ class Case:
     tools: tuple[str, ...] | None = None
     answer: tuple[str, ...] | None = None
     number: float | None = None
+    family: str = ""  # of a scripted question: those of one family stand or fall together
 
     @property
     def question(self) -> str:
@@ -55,13 +54,8 @@ class Case:
 def scripted(name: str, lang: str, n: int, seed: int) -> list[Case]:
     """Up to `n` cases of a set such as `solver` or `solver:held_out`; fewer, or none, where no more exist."""
     kind, _, split = name.partition(":")
-    while n:
-        try:
-            items = questions(kind, lang, "held_out" if split else "known", n, seed)
-            return [_of_item(name, kind, lang, item) for item in items]
-        except ValueError:  # there are not so many different ones
-            n //= 2
-    return []
+    items = draw_questions(kind, lang, "held_out" if split else "known", n, seed)
+    return [_of_item(name, kind, lang, item) for item in items]
 
 
 def _of_item(name: str, kind: str, lang: str, item: Item) -> Case:
@@ -70,25 +64,29 @@ def _of_item(name: str, kind: str, lang: str, item: Item) -> Case:
         dialog = replace(dialog, switches=dialog.switches | {"calculator": True, "solver": True})
     commands = tuple(r.commands for r in last.turn.rounds or [Round()])
     names = tuple(sorted({call.name for text in commands for call in parse_commands(text)}))
-    return Case(name, lang, dialog, commands, names, last.answer or None)
+    return Case(name, lang, dialog, commands, names, last.answer or None, family=last.family)
 
 
 def hand_written(path: Path) -> list[Case]:
     """Questions from a file: {"question", "lang", "kind": calculator | solver | none, "answer": [...]} a line."""
     cases = []
-    for number, row in _json_lines(path):
-        if not {"question", "lang", "kind"} <= row.keys() or row["kind"] not in (*TOOL_OF, "none"):
+    for number, row in json_lines(path):
+        question, lang, kind, answer = (row.get(key) for key in ("question", "lang", "kind", "answer"))
+        if not isinstance(question, str) or kind not in ("calculator", "solver", "none"):
             raise ValueError(f"{path} line {number}: give question, lang and kind (calculator, solver or none)")
-        tools = (TOOL_OF[row["kind"]],) if row["kind"] in TOOL_OF else ()
-        answer = tuple(map(str, row.get("answer", ()))) or None
-        cases.append(Case(f"{HAND} {row['kind']}", row["lang"], _alone(row["question"]), None, tools, answer))
+        if lang not in LANGS:
+            raise ValueError(f"{path} line {number}: lang is {lang!r}; it must be one of {', '.join(LANGS)}")
+        if answer is not None and not (isinstance(answer, list) and all(isinstance(a, str) and a for a in answer)):
+            raise ValueError(f'{path} line {number}: answer is {answer!r}; give a list of texts, such as ["42"]')
+        tools = (TOOL_OF[kind],) if kind in TOOL_OF else ()
+        cases.append(Case(f"{HAND} {kind}", lang, _alone(question), None, tools, tuple(answer or ()) or None))
     return cases
 
 
 def released(folder: Path) -> list[Case]:
     """The first questions of the released conversations with calculator or solver, both switched on."""
     cases = []
-    for _, row in _json_lines(folder / "moss_003_sft_sample.jsonl"):
+    for _, row in json_lines(folder / "moss_003_sft_sample.jsonl"):
         kind = str(row.get("source")).partition("conversation_with_plugins/")[2]
         if kind not in TOOL_OF:
             continue
@@ -104,7 +102,7 @@ def released(folder: Path) -> list[Case]:
 def gsm8k(folder: Path) -> list[Case]:
     """The first 200 grade-school problems, each with its final number."""
     cases = []
-    for _, row in _json_lines(folder / "gsm8k_train_2k.jsonl"):
+    for _, row in json_lines(folder / "gsm8k_train_2k.jsonl"):
         number = float(row["answer"].rpartition("####")[2].replace(",", ""))
         cases.append(Case(GSM8K, "en", _alone(row["question"]), None, ("Calculate",), None, number))
     return cases[:NUM_GSM8K]
@@ -118,16 +116,3 @@ def _alone(question: str) -> Dialog:
 
 def _lang(text: str) -> str:
     return "zh" if re.search(r"[\u4e00-\u9fff]", text) else "en"
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is not a JSON object")
-        yield number, row

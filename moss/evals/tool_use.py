@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -39,7 +39,7 @@ from moss.evals import tool_cases
 from moss.evals.tool_cases import GSM8K, HAND, HAND_WRITTEN, LANGS, RELEASED, SCRIPTED, Case
 from moss.files import replacing
 from moss.log import bar, note
-from moss.resolve import load, locate
+from moss.resolve import Device, Dtype, load, locate
 from moss.tokenizer import Tokenizer
 from moss.tools.base import Call, Tool, parse_commands, standard_tools
 from moss.tools.run import Command, Done, Error, Options, ToolDone, answer
@@ -62,8 +62,8 @@ class EvalTools:
     max_tokens: int = 256  # longest pass of an answer
     questions: Path | None = None  # JSON lines of hand-written questions for the set `hand`; the project's if left out
     data: Path | None = None  # folder with the released sample and GSM8K, for the sets `released` and `gsm8k`
-    device: Literal["cpu", "cuda"] = "cpu"  # where the model runs
-    dtype: Literal["float32", "bfloat16"] = "float32"  # number format of the weights
+    device: Device = "auto"  # where the model runs; auto takes the GPU where there is one and it gains
+    dtype: Dtype = "auto"  # format of the weights; auto takes what fits this machine and the model's size
     output: Path | None = option(None, short="-o")  # write all figures to this file as JSON
     records: Path | None = None  # write every question with its answer and verdicts to this file as JSON lines
 
@@ -107,22 +107,32 @@ def spaced(text: str) -> str:
 
 
 def holds(reply: str, answer: str) -> bool:
-    """Whether the reply holds the answer, numbers whole: 63 is not in 163, 63.5, -63, 63/2, 1/63 or 63e+20."""
-    reply, answer = (re.sub(r"(?<=\d),(?=\d{3})", "", text.replace("−", "-")) for text in (reply, answer))
+    """Whether the reply holds the answer, numbers and names whole: 63 is not in 163, 63.5, -63, 63/2, 1/63 or 63e+20,
+    x = 3 not in 2x = 3 or x = 3y."""
+    reply, answer = plain_digits(reply), plain_digits(answer)
     left = r"(?<![\d.])(?<!\d/)(?<![^\d]-)(?<!^-)" if answer[:1].isdigit() else r"(?<!\d)" if answer[:1] == "-" else ""
+    left += r"(?<![A-Za-z\d_])" if answer[:1].isascii() and answer[:1].isalpha() else ""
     right = r"(?!\d|\.\d|/\d|e[+-]?\d)" if answer[-1:].isdigit() else ""
+    right += r"(?![a-z](?![A-Za-z]))" if right and "=" in answer else ""
     return re.search(left + re.escape(answer) + right, reply) is not None
 
 
 def last_number(reply: str) -> float | None:
     """The last number in the reply."""
-    found = re.findall(r"-?\d+(?:\.\d+)?", re.sub(r"(?<=\d),(?=\d{3})", "", reply))
+    found = re.findall(r"-?\d+(?:\.\d+)?", plain_digits(reply))
     return float(found[-1]) if found else None
 
 
+def plain_digits(text: str) -> str:
+    """Numbers without thousands separators, with an ASCII minus sign."""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", text.replace("−", "-"))
+
+
 def off_names(case: Case) -> set[str]:
-    """Names of the tools that are switched off in the case's conversation."""
-    return {switch.api.split("(")[0] for key, switch in SWITCHES.items() if not case.dialog.switches.get(key)}
+    """Names of the tools that the model is shown as off: switched off, or switched on but not at hand (`answer`)."""
+    at_hand = standard_tools()
+    on = {key for key, switched in case.dialog.switches.items() if switched and key in at_hand}
+    return {switch.api.split("(")[0] for key, switch in SWITCHES.items() if key not in on}
 
 
 def refuses(reply: str) -> bool:
@@ -137,7 +147,9 @@ def right_tool(case: Case, seen: Seen) -> bool:
 
 
 def right_arguments(case: Case, seen: Seen) -> bool:
-    """Every round's commands as expected; `None` rounds count for nothing."""
+    """Every round's commands as expected and none that broke off; `None` rounds count for nothing."""
+    if len(seen.asked) > len(seen.calls):
+        return False
     expected, got = ([spaced(text) for text in texts if text != NONE] for texts in (case.commands or (), seen.commands))
     return expected == got
 
@@ -277,7 +289,7 @@ def counted(tools: Mapping[str, Tool], seen: Seen, places: threading.Semaphore) 
 def ask(case: Case, engine: Engine, tok: Tokenizer, places: threading.Semaphore, max_tokens: int) -> Seen:
     """Put one case through the turn loop, greedy."""
     seen = Seen(Turn(case.question))
-    options = Options(Sampling(temperature=0, max_tokens=max_tokens))
+    options = Options(Sampling(temperature=0, max_tokens=max_tokens), grammar=False)  # the model as it is
     for event in answer(case.dialog, engine, tok, counted(standard_tools(), seen, places), options):
         if isinstance(event, ToolDone) and not event.ok:
             seen.errors.append(event.error)
@@ -313,14 +325,17 @@ def case_words(case: Case) -> str:
 def judge(case: Case, seen: Seen) -> dict[str, bool]:
     """The verdicts on one case: those of its set, and that nothing switched off was called.
 
-    Where there is no answer, everything that was to be done is missed, and nothing counts as avoided.
+    Where there is no answer, everything that was to be done is missed, and nothing counts as avoided; what was to be
+    avoided and was done before it failed still counts.
     """
     wanted = targets(case.set) | NEVER
     if case.answer is None and case.number is None:
         wanted.pop("answer right", None)
-    if seen.failed:
-        return {name: False for name, target in wanted.items() if not target.startswith("<=") and name not in ALONE}
-    return {name: METRICS[name](case, seen) for name in wanted}
+    if not seen.failed:
+        return {name: METRICS[name](case, seen) for name in wanted}
+    avoided = {name for name, target in wanted.items() if target.startswith("<=") or name in ALONE}
+    done = {name: True for name in wanted if name in avoided and METRICS[name](case, seen)}
+    return {name: False for name in wanted if name not in avoided} | done
 
 
 # ---------------------------------------------------------------------------------------------------------- reporting
@@ -331,10 +346,12 @@ def main(config: EvalTools) -> int:
     for path in (config.output, config.records):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"{path}: there is no folder {path.parent}")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} is a folder; name a file in it")
     if config.n < 1 or config.batch < 1:
         raise ValueError(f"n is {config.n} and batch is {config.batch}; both must be at least 1")
     cases = collect(config)
-    model, tok = load(config.model, dtype=getattr(torch, config.dtype), device=config.device)
+    model, tok = load(config.model, dtype=config.dtype, device=config.device)
     started = time.perf_counter()
     with Engine(model, slots=config.batch) as engine:
         results = ask_all(cases, engine, tok, config)
@@ -376,6 +393,7 @@ def record(case: Case, seen: Seen, verdicts: Mapping[str, bool]) -> dict[str, An
     return {
         "set": case.set,
         "lang": case.lang,
+        "family": case.family,
         "question": case.question,
         "expected": {"commands": case.commands, "tools": case.tools, "answer": case.answer or case.number},
         "thoughts": [item.thoughts for item in seen.turn.rounds],

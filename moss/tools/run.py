@@ -3,8 +3,9 @@
 A turn is one or more passes of the engine. The first writes thoughts and commands; code runs the commands of the
 tools that are switched on and appends their results; then the model chooses between another round and its reply,
 until `max_rounds`, when the reply is asked for. A vocabulary without ids for the roles (the released models) has one
-round. Control ids open and end sections, never their spelling, so that text can neither run a tool nor end a turn;
-a pass that leaves the format is stopped, and what it left unfinished is not run.
+round. Control ids open and end sections, never their spelling, so that text can neither run a tool nor end a turn.
+A grammar keeps each pass to the format and to the tools that are on; where an engine follows none, a pass that leaves
+the format is stopped, and what it left unfinished is not run.
 
     for event in answer(dialog, engine, tok, standard_tools(), Options(conversation="a")):
         print(event.to_json())  # {"type": "thoughts", "text": "..."}, ..., {"type": "done", ...}
@@ -35,7 +36,8 @@ from moss.chat import (
     render,
     trim,
 )
-from moss.engine import EngineError, Sampling, Stream
+from moss.engine import EngineError, Grammar, Sampling, Stream
+from moss.engine.grammar import commands_grammar
 from moss.tokenizer import Tokenizer
 from moss.tools.base import MAX_CALLS, Call, Outcome, Tool, format_results, parse_commands, stream_calls
 
@@ -49,7 +51,14 @@ class Submits(Protocol):
 
     max_length: int
 
-    def submit(self, ids: list[int], sampling: Sampling, *, conversation: Hashable | None = None) -> Stream: ...
+    def submit(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        *,
+        conversation: Hashable | None = None,
+        grammar: Grammar | None = None,
+    ) -> Stream: ...
 
     def forget(self, conversation: Hashable) -> None: ...
 
@@ -68,6 +77,7 @@ class Options:
     conversation: Hashable | None = None  # keeps the engine's cache for the next turn; None forgets it after this one
     seed: int | None = None
     form: Form = "plugin"  # `sft` and `base` ask for a reply alone
+    grammar: bool = True  # hold the model to the format and to the tools that are on; False measures it as it is
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_rounds <= MAX_ROUNDS:
@@ -280,7 +290,9 @@ class _Turn:
         path = _Path(self.tok, until, self.options)
         parser = StreamParser(self.tok, None if until == "results" else until)
         texts: dict[str, str] = {}
-        stream = self.engine.submit(prompt, self._sampling(path.stops), conversation=self.conversation)
+        stream = self.engine.submit(
+            prompt, self._sampling(path.stops), conversation=self.conversation, grammar=self._grammar(until)
+        )
         try:
             for token in stream:
                 self.first_token = self.first_token or time.perf_counter() - self.started
@@ -312,6 +324,14 @@ class _Turn:
             seed=None if seed is None else seed * PASSES + self.num_passes,
             time_limit=None if left is None else max(left, 0.001),
         )
+
+    def _grammar(self, until: Until) -> Grammar | None:
+        """What the next pass may write; made once for the same tools."""
+        if not self.options.grammar:
+            return None
+        tools = {key: tool for key, tool in self.tools.items() if key in self.enabled}
+        tagged = self.options.quality is not None
+        return commands_grammar(self.tok, tools, until, form=self.options.form, tagged=tagged, max_calls=MAX_CALLS)
 
     def _say(self, pieces: list[tuple[str, str]], texts: dict[str, str]) -> Iterator[Event]:
         """Keep pieces of sections, and turn those that users see into events."""

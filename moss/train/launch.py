@@ -34,10 +34,12 @@ from moss.optim import Optimizers, make_optimizer, warmup_stable_decay
 from moss.tokenizer import Tokenizer
 from moss.train import loop
 
-# Settings that may differ between a run and its resumption, because they do not change what is computed, or (steps,
-# epochs) because training longer is a reason to resume. Data may move: its content is compared instead.
+# Settings that may differ between a run and its resumption, because they do not change what is computed (compile and
+# device: but for rounding), or (steps, epochs) because training longer is a reason to resume. Data may move: its
+# content is compared instead.
 FREE = {"data", "valid", "out", "model", "tokenizer", "resume", "compile", "save_every", "valid_every"}
 FREE |= {"steps", "epochs", "device"}
+MODEL_FILES = ("moss.json", "model.safetensors", "config.json")  # any of these: somebody's model is there
 # Floating-point operations of a run above which the half minute that compiling takes is won back.
 COMPILE_PAYS = {"cpu": 4e13, "cuda": 4e15}
 
@@ -78,6 +80,8 @@ def check(config: Settings) -> None:
         if not 0 <= value < math.inf or (value == 0 and name in positive):
             least = "above 0" if name in positive else "0 or more"
             raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least}")
+    if config.seed >= 2**63:
+        raise ValueError(f"--seed is {config.seed}; it must be below 2 to the power of 63")
     step, row = config.batch_tokens, config.length
     micro = config.micro_tokens or step
     if row < 2 or step % row:
@@ -94,13 +98,15 @@ def check(config: Settings) -> None:
 def opened(config: Settings) -> Iterator[tuple[Path | None, loop.Stop]]:
     """Hold the run's folder; give the checkpoint to go on from (None: start anew) and the ear for signals."""
     with loop.Stop() as stop, checkpoint.lock(config.out):
-        if config.resume:
-            start = checkpoint.newest(config.out, note)
-            note(f"going on from {start}" if start else f"{config.out} holds no checkpoint yet: starting anew")
-        elif checkpoint.steps(config.out) or (config.out / "moss.json").exists():
+        start = checkpoint.newest(config.out, note) if config.resume else None
+        if not config.resume and checkpoint.steps(config.out):
             raise ValueError(f"{config.out} already holds a run; --resume goes on with it, or choose another --out")
-        else:
-            start = None
+        if not start and (held := [name for name in MODEL_FILES if (config.out / name).exists()]):
+            raise ValueError(
+                f"{config.out} holds a model ({held[0]}) that training would replace; choose another --out"
+            )
+        if config.resume:
+            note(f"going on from {start}" if start else f"{config.out} holds no checkpoint yet: starting anew")
         yield start, stop
 
 

@@ -1,0 +1,67 @@
+"""Speculative decoding by prompt lookup: guess that what followed these words last time follows them again.
+
+Answers copy a lot: results of tools, quotes, names, code. Where the last few ids have stood before, in the prompt
+or in the answer, the ids that came after them are a draft that costs nothing. The engine reads the whole draft in
+one pass and keeps it as far as the model would have said the same (Saxena 2023, "Prompt Lookup Decoding"; Leviathan
+et al. 2023, arXiv 2211.17192). Every token is still chosen from the model's own scores with the request's own random
+numbers, so a draft can change the speed of an answer and nothing else.
+
+A pass over a draft costs more than a step, so a request keeps account of what both cost and what drafts bring it,
+and pauses where it loses: twice as long each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NGRAM = 3  # ids that must have stood together before
+DRAFT = 7  # ids guessed at once: with the id before them a pass of eight
+TRIALS = 3  # drafts that are tried before they are judged
+PAUSE = 16  # steps without drafts after a first loss
+MEMORY = 0.8  # share of the past in the running means
+
+
+class Lookup:
+    """The drafts of one request, and the account of what they cost and bring."""
+
+    def __init__(self) -> None:
+        self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> where the id after its last occurrence stands
+        self._known = NGRAM  # n-grams that end before this place are known
+        self._trials = self._wait = 0
+        self._pause = PAUSE
+        self._step = self._pass = self._gain = 0.0  # running means: seconds a step and a pass, tokens a pass
+
+    def propose(self, ids: Sequence[int], most: int) -> list[int]:
+        """Up to `most` ids that may follow `ids`, prompt and answer so far; none where nothing is known or it loses."""
+        for place in range(self._known, len(ids)):
+            self._follows[tuple(ids[place - NGRAM : place])] = place
+        self._known = max(self._known, len(ids))
+        if self._wait > 0:
+            self._wait -= 1
+            return []
+        start = self._follows.get(tuple(ids[-NGRAM:]))
+        if start is None:
+            return []
+        period = len(ids) - start  # text that repeats itself goes on repeating itself
+        return [ids[start + i % period] for i in range(min(most, DRAFT))]
+
+    def stepped(self, seconds: float) -> None:
+        """A plain step of one token took so long."""
+        self._step = _mean(self._step, seconds)
+
+    def passed(self, accepted: int, seconds: float) -> None:
+        """A pass over a draft took so long and brought `accepted` of its ids, and one more token."""
+        self._trials += 1
+        self._pass, self._gain = _mean(self._pass, seconds), _mean(self._gain, accepted + 1)
+        if self._trials < TRIALS:
+            return
+        if self._step == 0:
+            self._wait = 1  # to see what a step costs
+        elif self._gain * self._step < self._pass:
+            self._wait, self._pause = self._pause, 2 * self._pause
+        else:
+            self._pause = PAUSE
+
+
+def _mean(mean: float, value: float) -> float:
+    return value if mean == 0 else MEMORY * mean + (1 - MEMORY) * value

@@ -1,0 +1,188 @@
+"""What the engine and its callers share: a request's stream of tokens, and the queue that requests wait in.
+
+The queue is bounded and fair: owners take turns, each with its oldest request, so that one who asks for a
+hundred things at once delays the others by one thing a turn.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from queue import SimpleQueue
+from typing import Protocol
+
+from torch import Tensor
+
+from moss.engine.cache import Slot
+from moss.engine.lookup import Lookup
+from moss.engine.sample import Sampling
+
+
+class EngineError(RuntimeError):
+    """The engine failed while it worked on a request; the cause is attached."""
+
+
+class QueueFull(EngineError):
+    """As many requests wait as may wait; the same request can be put again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One generated id, its log-probability under the model, and the likeliest ids where they were asked for."""
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Following(Protocol):
+    """Where a grammar stands in one answer."""
+
+    def mask(self) -> Tensor | None:
+        """Which ids may come next, bool (V,) on the CPU; None where all may."""
+        ...
+
+    def advance(self, id: int) -> None:
+        """This id came."""
+        ...
+
+
+class Grammar(Protocol):
+    """What an answer may look like (`grammar.py` has the one of commands)."""
+
+    def start(self) -> Following: ...
+
+
+class Stream:
+    """The tokens of one request, in order; `finish` says why it ended, None while it runs."""
+
+    def __init__(self, prompt_tokens: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.reused = 0  # prompt tokens that needed no reading, because the cache held them
+        self.position = 0  # place in the queue, 1 is next; 0 once the engine works on it
+        self.drafted = self.accepted = 0  # tokens guessed by prompt lookup, and those the model then said
+        self.finish: str | None = None
+        self._tokens: SimpleQueue[Token | None] = SimpleQueue()
+        self._error: BaseException | None = None
+        self._cancelled = False
+
+    def __iter__(self) -> Iterator[Token]:
+        return self
+
+    def __next__(self) -> Token:
+        token = self._tokens.get()
+        if token is not None:
+            return token
+        self._tokens.put(None)  # the end stays readable
+        if self._error is not None:
+            told = str(self._error) if isinstance(self._error, EngineError) else f"the engine failed: {self._error!r}"
+            raise EngineError(told) from self._error
+        raise StopIteration
+
+    def cancel(self) -> None:
+        """Ask the request to end; its row is free at the engine's next step. Tokens already made can be read."""
+        self._cancelled = True
+
+    def _end(self, finish: str | None, error: BaseException | None = None) -> None:
+        self.position = 0
+        self.finish, self._error = finish, error
+        self._tokens.put(None)
+
+
+class Request:
+    """What the worker knows about one stream."""
+
+    def __init__(
+        self,
+        ids: list[int],
+        sampling: Sampling,
+        *,
+        conversation: Hashable | None = None,
+        owner: str = "",
+        grammar: Grammar | None = None,
+        num_top: int = 0,
+        prefix: int = 0,
+        lookup: Lookup | None = None,
+    ) -> None:
+        self.ids = ids  # prompt and answer so far
+        self.sampling = sampling
+        self.conversation, self.owner = conversation, owner
+        self.following = None if grammar is None else grammar.start()
+        self.num_top = num_top
+        self.prefix = prefix  # so many leading ids will open other prompts too
+        self.lookup = lookup
+        self.stream = Stream(len(ids))
+        self.limit = len(ids) + sampling.max_tokens
+        self.deadline = math.inf if sampling.time_limit is None else time.monotonic() + sampling.time_limit
+        self.random = random.Random(sampling.seed)  # its own numbers, so that neighbours change nothing
+        self.slot: Slot | None = None
+        self.started = False  # whether its prompt is being read
+        self.seen: Tensor | None = None  # (V,) bool, only with a repetition penalty
+
+    @property
+    def num_new(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.ids) - self.stream.prompt_tokens
+
+
+class Queue:
+    """Requests that wait for a row, at most `size`. Any thread may use it."""
+
+    def __init__(self, size: int) -> None:
+        if size < 1:
+            raise ValueError(f"queue is {size}; at least one request must be able to wait")
+        self.size = size
+        self._owners: dict[str, deque[Request]] = {}  # in the order of their turns; none is empty
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._owners)
+
+    def all(self) -> list[Request]:
+        """Every request that waits, in the order in which they will be taken."""
+        with self._lock:
+            return self._ordered()
+
+    def put(self, request: Request) -> None:
+        """Let a request wait; QueueFull where no more may."""
+        with self._lock:
+            if sum(map(len, self._owners.values())) >= self.size:
+                raise QueueFull(f"{self.size} requests wait already, which is all that may; try again in a while")
+            self._owners.setdefault(request.owner, deque()).append(request)
+            self._number()
+
+    def take(self) -> Request | None:
+        """The oldest request of the owner whose turn it is; the owner goes to the end of the line."""
+        with self._lock:
+            if not self._owners:
+                return None
+            owner, requests = next(iter(self._owners.items()))
+            request = requests.popleft()
+            del self._owners[owner]
+            if requests:
+                self._owners[owner] = requests
+            request.stream.position = 0
+            self._number()
+            return request
+
+    def remove(self, request: Request) -> None:
+        """This request waits no longer."""
+        with self._lock:
+            requests = self._owners[request.owner]
+            requests.remove(request)
+            if not requests:
+                del self._owners[request.owner]
+            self._number()
+
+    def _ordered(self) -> list[Request]:
+        return [request for turn in zip_longest(*self._owners.values()) for request in turn if request is not None]
+
+    def _number(self) -> None:
+        for place, request in enumerate(self._ordered(), 1):
+            request.stream.position = place

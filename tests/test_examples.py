@@ -1,0 +1,80 @@
+"""The notebooks in examples/ are run as a reader would: offline, with the bundled model.
+
+What the model says is not compared: another model says it in other words. What kind of thing each cell shows is.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient.exceptions import CellExecutionError
+from nbformat import NotebookNode
+from nbformat.v4 import new_code_cell, new_notebook
+
+from examples.run import execute
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def code(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def read(path: Path) -> list[NotebookNode]:
+    """The code cells of a notebook as it stands."""
+    return code(nbformat.read(path, as_version=4))
+
+
+def kinds(cell: NotebookNode) -> list[str]:
+    """What a cell shows: text on standard output, a value."""
+    return [out.get("name", out.output_type) for out in cell.outputs]
+
+
+def text(cell: NotebookNode) -> str:
+    """All that a cell shows, as text."""
+    return "".join(out.get("text") or out.get("data", {}).get("text/plain", "") for out in cell.outputs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_every_cell_runs_and_shows_what_the_page_shows(path: Path, tmp_path: Path):
+    """An example that fails, or shows something else than on the page, is worse than none."""
+    for before, now in zip(read(path), code(execute(path, tmp_path)), strict=True):
+        assert kinds(now) == kinds(before), now.source
+        assert bool(text(now).strip()) == bool(text(before).strip()), now.source
+    assert list(tmp_path.iterdir()) == [], "the notebook leaves files behind"
+
+
+@pytest.mark.slow
+def test_a_notebook_that_needs_the_network_fails(tmp_path: Path):
+    """Without this the tests would only say that the network was there."""
+    path = tmp_path / "online.ipynb"
+    source = "import socket\nsocket.create_connection(('192.0.2.1', 80), timeout=1)"
+    nbformat.write(new_notebook(cells=[new_code_cell(source)]), path)
+    with pytest.raises(CellExecutionError, match=r"reached for \('192\.0\.2\.1', 80\)"):
+        execute(path, tmp_path)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_the_page_holds_the_outputs_of_one_run(path: Path):
+    """A notebook saved half run, or with the messages of its author's machine, misleads who reads it."""
+    cells = read(path)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert {kind for cell in cells for kind in kinds(cell)} == {"stdout", "execute_result"}
+    assert path.stat().st_size < 20_000
+
+
+def test_the_talk_shows_the_whole_interface():
+    """The README points to this notebook for what it only hints at."""
+    shown = {cell.source: text(cell) for cell in read(ROOT / "examples" / "talk.ipynb")}
+    sources = "\n".join(shown)
+    for name in ("chat.stream(", "chat.ask(", "chat.tools", "@moss.tool(", "chat.history", "chat.save(", '.load("talk'):
+        assert name in sources, name
+    loaded = next(out for source, out in shown.items() if "chat = moss.load()" in source)
+    assert re.fullmatch(r"<moss\.Chat with moss-nano, \d+\.\dM parameters as \w+, 0 turns>", loaded)
+    streamed = next(out for source, out in shown.items() if "chat.stream(" in source)
+    assert re.search(r"\[Calculate: \d+\]\n.*\d+ tokens\n", streamed, re.S), streamed

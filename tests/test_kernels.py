@@ -1,0 +1,176 @@
+"""The kernels on every path this CPU has, against float64, and how they are built."""
+
+from __future__ import annotations
+
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moss.engine import kernels
+from moss.engine.kernels import GROUP, MAX_TOKENS, Library, describe, library, paths
+from moss.engine.quant import QuantLinear
+
+# Whole groups, part of a group, fewer rows than a tile, more groups than one vector of scales holds.
+SHAPES = [(64, 256), (37, 300), (5, 17), (3, 2304), (130, 704)]
+KINDS = ["float32", "bfloat16", "int8", "int4"]
+
+
+def kernels_of(path: str) -> Library:
+    found = library(path)
+    assert found is not None
+    return found
+
+
+def layer_of(kind: str, rows: int, cols: int):
+    """What the kernels get, the exact weight as float64, the bias, and who keeps the memory."""
+    generator = torch.Generator().manual_seed(rows * cols)
+    weight = torch.randn(rows, cols, generator=generator) * 0.02
+    bias = torch.randn(rows, generator=generator) * 0.1
+    if kind in ("int8", "int4"):
+        owner = QuantLinear(weight, bias, kind)
+        return owner.describe(), owner.dequantize().double(), bias.double(), owner
+    weight = weight.to(getattr(torch, kind))
+    return describe(weight, bias), weight.double(), bias.double(), (weight, bias)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """Activations as the integer kernels see them: 255 levels a group of 128."""
+    groups = F.pad(x, (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    step = groups.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((groups / step).round() * step).flatten(-2)[..., : x.shape[-1]]
+
+
+@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_linear_is_exact_for_its_inputs(kind: str, path: str, rows: int, cols: int):
+    """Every path, every number of tokens, sizes that fill no register: the product of these weights and inputs."""
+    layer, weight, bias, _owner = layer_of(kind, rows, cols)
+    x = torch.randn(MAX_TOKENS, cols, generator=torch.Generator().manual_seed(1))
+    seen = x if kind in ("float32", "bfloat16") else rounded(x)
+    expected = seen.double() @ weight.T + bias
+    for n in (1, 2, 3, 4, 5, 7, 16):
+        y = kernels_of(path).linear(layer, x[:n])
+        # An activation half way between two levels may go either way: one level of one value.
+        slack = 0.0 if kind in ("float32", "bfloat16") else float(x.abs().max() / 127 * weight.abs().max())
+        torch.testing.assert_close(y.double(), expected[:n], rtol=2e-6, atol=2e-6 + slack)
+        assert float((y - expected[:n]).norm() / expected[:n].norm()) < 2e-5 + slack / 10
+
+
+@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_is_the_same_in_every_batch_and_on_any_threads(kind: str, path: str):
+    """Bit for bit: otherwise what a user reads depends on who else is served, and on the machine's cores."""
+    layer, *_, _owner = layer_of(kind, 131, 704)
+    x = torch.randn(MAX_TOKENS, 704, generator=torch.Generator().manual_seed(2))
+    alone = torch.cat([kernels_of(path).linear(layer, row[None]) for row in x])
+    for n in (2, 5, 16):
+        assert torch.equal(kernels_of(path).linear(layer, x[:n]), alone[:n])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3 if threads == 1 else 1)
+        assert torch.equal(kernels_of(path).linear(layer, x), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+@pytest.mark.parametrize(("outliers", "bound"), [(0.0, 0.009), (30.0, 0.02)])
+def test_rounding_activations_costs_little(kind: str, outliers: float, bound: float):
+    """The stated error of integer activations against exact dequantization; one value of 30 spoils its group."""
+    layer, weight, bias, _owner = layer_of(kind, 256, 2048)
+    x = torch.randn(8, 2048, generator=torch.Generator().manual_seed(4))
+    x[:, 77] += outliers
+    expected = x.double() @ weight.T
+    y = kernels_of(paths()[0]).linear(layer, x).double() - bias
+    error = float((y - expected).norm() / expected.norm())
+    assert 0.001 < error < bound
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_there_is_one_openmp_runtime():
+    """A second runtime brings its own threads: two pools fight for the same cores."""
+    code = (
+        "import torch; from moss.engine.kernels import library; from moss.engine.quant import QuantLinear;"
+        "layer = QuantLinear(torch.ones(8, 128), None, 'int8'); layer(torch.ones(1, 128));"
+        "print({line.split()[-1] for line in open('/proc/self/maps') if 'omp' in line.split()[-1].split('/')[-1]})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    found = eval(done.stdout)
+    assert len(found) == 1, found
+    assert "torch" in found.pop()
+
+
+def compiler(place: Path, body: str) -> str:
+    """A stand-in for a compiler."""
+    program = place / "g++"
+    program.write_text(f"#!/bin/sh\n{body}\n", encoding="utf-8")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    return str(program)
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache folder and nothing loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    kernels._library.cache_clear()
+    yield tmp_path
+    kernels._library.cache_clear()
+
+
+def test_a_build_is_published_whole_and_found_again(fresh: Path, capfd: pytest.CaptureFixture[str]):
+    """A process that starts while another one builds must not load half a file."""
+    # Writes the first half, shows what a second process would find now, then the rest.
+    program = compiler(
+        fresh,
+        f'for last; do :; done; printf half > "$last"; ls {fresh}/cache/moss >> {fresh}/seen; printf whole > "$last"',
+    )
+    target = kernels._build(program, ["-O2"])
+    assert target.read_text() == "whole"
+    assert not [name for name in (fresh / "seen").read_text().split() if name.endswith(".so")]
+    assert list(target.parent.iterdir()) == [target]
+    assert capfd.readouterr().err.count("Building the CPU kernels") == 1
+    assert kernels._build(program, ["-O2"]) == target
+    assert capfd.readouterr().err == ""
+    assert kernels._build(program, ["-O2", "-mavx2"]) != target
+
+
+def test_without_a_compiler_one_line_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """A laptop without g++ must still chat, and its user must learn why it is slow."""
+    monkeypatch.setenv("PATH", str(fresh))
+    assert library() is None
+    assert library() is None
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert "install g++" in told
+
+
+def test_a_failed_build_is_one_line_and_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """A broken compiler must not end the chat, nor leave a file that the next start would load."""
+    compiler(fresh, "echo 'fatal error: omp.h' >&2; echo more >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{fresh}:/usr/bin:/bin")
+    assert library() is None
+    told = capfd.readouterr().err
+    assert told.count("\n") == 2
+    assert "fatal error: omp.h" in told
+    assert not list((fresh / "cache" / "moss").iterdir())
+
+
+def test_a_cache_folder_that_cannot_be_made(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    """A read-only home folder costs a build a start, not the kernels."""
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "file"))
+    folder = kernels.cache_folder()
+    assert folder.is_dir()
+    assert not folder.is_relative_to(fresh)
+
+
+def test_an_unknown_path_is_refused():
+    """A mistyped path must not silently be another one."""
+    with pytest.raises(ValueError, match="no path 'avx1024'"):
+        library("avx1024")
