@@ -56,6 +56,7 @@ $(VENV)/.torch: constraints.txt
 
 $(VENV)/.core: $(VENV)/.torch pyproject.toml
 	@$(BIN)/pip install --quiet -c constraints.txt -e .
+	@$(BIN)/python -c "from moss.engine.kernels import library; library()"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.core
