@@ -1,15 +1,18 @@
-"""Files that are written whole or not at all.
+"""Files that are written whole or not at all, and small JSON files that may be broken.
 
 with replacing(Path("out/model.json")) as beside:
     beside.write_text(text, encoding="utf-8")
+settings = json_object(Path("out/model.json"))
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -35,3 +38,14 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # on a disk that became read-only it cannot be removed either
             beside.unlink(missing_ok=True)
+
+
+def json_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError says what is wrong with it."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is broken (it is not JSON: {error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{file} is broken (it must hold a JSON object); copy it again")
+    return value

@@ -9,7 +9,6 @@ Whatever is missing, broken or does not fit is a ValueError of one line that say
 
 from __future__ import annotations
 
-import json
 import math
 from importlib import resources
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from moss.engine.quant import WIDTHS, QuantLinear, quantize_
+from moss.files import json_object
 from moss.model import Decoder, ModelConfig, num_parameters
 from moss.tokenizer import Tokenizer, require_markers
 from moss.tokenizer import load as load_tokenizer
@@ -164,12 +164,4 @@ def _check_sha(folder: Path, tok: Tokenizer) -> None:
 def _record(folder: Path) -> dict[str, Any]:
     """What training wrote down beside a model of ours; empty for one from elsewhere."""
     path = folder / "moss.json"
-    if not path.is_file():
-        return {}
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is broken ({error}); copy the model again") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is broken (it holds no object); copy the model again")
-    return record
+    return json_object(path) if path.is_file() else {}

@@ -26,7 +26,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from moss.files import replacing
+from moss.files import json_object, replacing
 
 EOS = "<|endoftext|>"
 MARKERS = (
@@ -315,19 +315,9 @@ def _configured_eos(directory: Path, spec: dict[str, Any]) -> str | None:
     file = directory / "tokenizer_config.json"
     if EOS in known or not file.is_file():
         return None
-    name = _read_json(file, dict).get("eos_token")
+    name = json_object(file).get("eos_token")
     name = name.get("content") if isinstance(name, dict) else name
     return name if isinstance(name, str) and name in known else None
-
-
-def _read_json(file: Path, kind: type[dict]) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(value, kind):
-        raise ValueError(f"{file} must hold a JSON object")
-    return value
 
 
 def _load_released(directory: Path) -> Tokenizer:
@@ -336,9 +326,9 @@ def _load_released(directory: Path) -> Tokenizer:
     Added tokens stand in the vocabulary under the ids that the file gives them (no merge reaches them), since the
     library would otherwise number them itself.
     """
-    vocab = _read_json(directory / "vocab.json", dict)
+    vocab = json_object(directory / "vocab.json")
     added_file = directory / "added_tokens.json"
-    added = _read_json(added_file, dict) if added_file.is_file() else {}
+    added = json_object(added_file) if added_file.is_file() else {}
     strange = next((token for token, i in added.items() if type(i) is not int), None)
     if strange is not None:
         raise ValueError(f"{added_file}: {strange!r} must have a number, not {added[strange]!r}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moss.engine import Sampling, Stream, Token
 from moss.model import Decoder, ModelConfig
+from moss.tokenizer import Tokenizer
+from moss.weights import save_model
 
 
 def toy_model(*, seed: int = 0, vocab_size: int = 97, max_length: int = 600, **values: Any) -> Decoder:
@@ -61,3 +64,10 @@ class ScriptedEngine:
                 break
         stream._end(finish)
         return stream
+
+
+def toy_folder(tok: Tokenizer, folder: Path) -> Path:
+    """The folder, with a toy model and its tokenizer in it."""
+    save_model(toy_model(vocab_size=tok.vocab_size), folder)
+    tok.save(folder)
+    return folder

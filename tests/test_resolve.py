@@ -19,7 +19,7 @@ from moss.model import ModelConfig, num_parameters
 from moss.resolve import choose, dtype_of, load, locate, num_bytes
 from moss.tokenizer import Tokenizer, train
 from moss.weights import save_model
-from tests.fakes import toy_model
+from tests.fakes import toy_folder, toy_model
 
 ROOT = Path(__file__).parent.parent
 GB = 10**9
@@ -35,10 +35,7 @@ def tok() -> Tokenizer:
 @pytest.fixture
 def folder(tok: Tokenizer, tmp_path: Path) -> Path:
     """A toy model and its tokenizer."""
-    made = tmp_path / "model"
-    save_model(toy_model(vocab_size=tok.vocab_size), made)
-    tok.save(made)
-    return made
+    return toy_folder(tok, tmp_path / "model")
 
 
 # ---------------------------------------------------------------------------------------------------- finding a model

@@ -25,8 +25,7 @@ from moss.errors import UsageError
 from moss.screen import Screen
 from moss.terminal import Chat, answer_line, ask_once, converse, open_chat
 from moss.tokenizer import Tokenizer, train
-from moss.weights import save_model
-from tests.fakes import toy_model
+from tests.fakes import toy_folder
 from tests.test_session import PLAIN, TOOLS, asked, scripted
 
 ROOT = Path(__file__).parent.parent
@@ -286,10 +285,7 @@ def test_tools_are_started_while_the_first_question_is_typed(model_folder: Path,
 
 @pytest.fixture
 def model_folder(tok: Tokenizer, tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    save_model(toy_model(vocab_size=tok.vocab_size), folder)
-    tok.save(folder)
-    return folder
+    return toy_folder(tok, tmp_path / "model")
 
 
 def test_a_base_model_is_called_one(model_folder: Path, capfd: pytest.CaptureFixture[str]):
