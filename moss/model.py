@@ -39,6 +39,8 @@ LIMITS = {
     "max_length": 16_777_216,
     "rotary_dim": 4_096,
 }
+BLOCK = 128  # queries computed together in `blockwise_attention`
+BLOCKS_PAY = 1024  # tokens up to which it is used: the memory of its scores grows with their square
 # Keys that each kind of rotary scaling must have and may have, as in Hugging Face's `rope_scaling`.
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
@@ -285,8 +287,29 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
+        if mask is not None and cache is None and q.requires_grad and q.device.type == "cpu" and length <= BLOCKS_PAY:
+            y = blockwise_attention(q, k, v, mask)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o(y.transpose(1, 2).reshape(batch, length, -1))
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """`scaled_dot_product_attention` under a causal mask, `BLOCK` queries at a time against the keys up to them.
+
+    q (B, H, T, E), k and v (B, G, T, E), mask bool (B, 1, T, T) -> (B, H, T, E). Made for training on a CPU, where
+    PyTorch's kernel also computes what lies above the diagonal: forward and backward take about half of its time at
+    512 tokens (compiled), for the memory of all scores. Softmax is float32; scores are rounded to the dtype before.
+    """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    q = q * q.shape[-1] ** -0.5
+    parts = []
+    for begin in range(0, q.shape[2], BLOCK):
+        end = begin + BLOCK
+        scores = (q[:, :, begin:end] @ k[:, :, :end].transpose(2, 3)).float()
+        scores = scores.masked_fill(~mask[:, :, begin:end, :end], -math.inf)
+        parts.append(scores.softmax(dim=3).to(v.dtype) @ v[:, :, :end])
+    return torch.cat(parts, dim=2)
 
 
 class MLP(nn.Module):

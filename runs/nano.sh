@@ -36,9 +36,9 @@ done
 DEPTH=4
 VOCAB=2048
 if [ -n "$BUNDLE" ]; then
-  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=250 SFT_STEPS=3500
+  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=300 SFT_STEPS=3300
 else
-  OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=390
+  OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=480
 fi
 QUESTIONS=100
 
@@ -50,8 +50,8 @@ scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n = int(n * s + 0.
 PRETRAIN_STEPS=$(scaled $PRETRAIN_STEPS 5)
 SFT_STEPS=$(scaled $SFT_STEPS 10)
 QUESTIONS=$(scaled $QUESTIONS 4)
-DOCUMENTS=$((PRETRAIN_STEPS * 130 + 500))
-DIALOGS=$((SFT_STEPS * 28 + 200))
+DOCUMENTS=$((PRETRAIN_STEPS * 100 + 500))
+DIALOGS=$((SFT_STEPS * 18 + 200))
 
 # One folder holds one run: material of other settings must not be mixed in.
 SETTINGS="depth=$DEPTH vocab=$VOCAB pretrain=$PRETRAIN_STEPS sft=$SFT_STEPS seed=$SEED"

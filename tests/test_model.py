@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moss.model import (
@@ -18,6 +19,7 @@ from moss.model import (
     Decoder,
     Head,
     ModelConfig,
+    blockwise_attention,
     flops_per_token,
     num_parameters,
     packed_mask,
@@ -239,6 +241,23 @@ def test_packed_mask_by_hand():
         [0, 0, 0, 1, 0],
         [0, 0, 0, 1, 1],
     ]
+
+
+@pytest.mark.parametrize(("groups", "length"), [(4, 128), (2, 300), (1, 7)])
+def test_attention_in_blocks_equals_attention_at_once(groups, length):
+    """Prevents: a block that misses keys, sees later ones or other documents, or mixes up the groups of heads."""
+    draw = torch.Generator().manual_seed(length)
+    shapes = [(2, 4, length, 8), (2, groups, length, 8), (2, groups, length, 8)]
+    q, k, v = (torch.randn(shape, generator=draw, requires_grad=True) for shape in shapes)
+    mask = packed_mask((torch.arange(length) * 3 // length + 1).expand(2, -1))
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    got = blockwise_attention(q, k, v, mask)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    slope = torch.randn(got.shape, generator=draw)
+    for mine, right in zip(
+        torch.autograd.grad(got, (q, k, v), slope), torch.autograd.grad(expected, (q, k, v), slope), strict=True
+    ):
+        torch.testing.assert_close(mine, right, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("config", [moss_config(rotary_dim=4), llama_config(qk_norm=True, tie_embeddings=True)])

@@ -14,7 +14,7 @@ from rapidfuzz.distance import Levenshtein
 from rapidfuzz.process import cdist
 
 from moss.data import tool_turns
-from moss.data.casual import casual
+from moss.data.casual import casual, plain
 from moss.data.family import held_out
 from moss.data.slots import Number, compile_spec, whole
 from moss.data.symbols import EQUATIONS, expression, typed
@@ -239,3 +239,18 @@ def test_careless_typing_keeps_every_digit_and_sign(lang):
     for i in range(300):
         assert "12*(3+4)-5!" in casual(random.Random(i), text, lang)
     assert len({casual(random.Random(i), "A pen costs 3 dollars. How much are 7?", "en") for i in range(300)}) > 10
+
+
+@pytest.mark.parametrize(
+    ("lang", "text", "other"),
+    [
+        ("en", "A pen costs 3.5 dollars. How much are 7?", "A pen costs 35 dollars. How much are 7?"),
+        ("zh", "一支笔3.5元，买7支多少钱？", "一支笔3元，买57支多少钱？"),
+    ],
+)
+def test_plain_is_one_text_however_it_is_typed(lang, text, other):
+    """Prevents a question kept for evaluation that training sees with a greeting, in lower case or with a slip."""
+    typed = {casual(random.Random(i), text, lang) for i in range(500)}
+    assert len(typed) > 10
+    assert {plain(each) for each in typed} == {plain(text)}
+    assert plain(other) != plain(text)

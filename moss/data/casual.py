@@ -24,6 +24,7 @@ THANKS = {
 }
 POLITE = re.compile(r"(?i)(hi|hey|hello|please|thanks|thank|pls|moss|quick|so|ok)\b|请|你好|嗨|麻烦|谢|帮|劳驾|MOSS")
 WORD = re.compile(r"\b[a-z]{5,}\b")
+MARKS = re.compile(r"[\s,，、?？!！。;；'\"]|\.(?!\d)")
 
 
 def _slip(rng: random.Random, text: str) -> str:
@@ -59,3 +60,16 @@ def casual(rng: random.Random, text: str, lang: str) -> str:
     if draw < 0.95 and lang == "en":
         return _slip(rng, text)
     return text
+
+
+def plain(text: str) -> str:
+    """One text for all the ways in which `casual` may type a question: no greeting or thanks, no punctuation, lower
+    case, the letters of each word in alphabetical order. Made for comparing, not for reading.
+    """
+    text = text.lower()
+    for lang in GREETINGS:
+        opening = next((greeting.lower() for greeting in GREETINGS[lang] if text.startswith(greeting.lower())), "")
+        ending = next((thanks.lower() for thanks in THANKS[lang] if text.endswith(thanks.lower())), "")
+        text = text.removeprefix(opening).removesuffix(ending)
+    text = re.sub("[a-z]+", lambda word: "".join(sorted(word[0])), text)
+    return MARKS.sub("", text)

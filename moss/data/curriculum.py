@@ -29,11 +29,11 @@ from moss.files import replacing
 
 LANGS = ("en", "zh")
 KEYS = ("thoughts", *SWITCHES)
-SHARES = {"calculator": 0.42, "solver": 0.28, "talk": 0.22, "numbers": 0.08}  # of the scenes
-TURNS = (0.15, 0.25, 0.3, 0.3)  # how many scenes a conversation joins: one, two, three, four
-MAX_TURNS = 6
+SHARES = {"calculator": 0.40, "solver": 0.22, "talk": 0.30, "numbers": 0.08}  # of the scenes
+SCENES = {1: 0.1, 2: 0.1, 4: 0.2, 6: 0.3, 8: 0.3}  # joined in a conversation; long ones save on what prompts open with
+MAX_TURNS = 8
 CHANGE_LANGUAGE = 0.08  # of the scenes after the first
-BOTH_ON = 0.65  # of the conversations have calculator and solver on
+BOTH_ON = 0.55  # of the conversations have calculator and solver on
 PATIENCE = 500  # draws without a new question before `questions` gives up
 TOOL_KINDS = ("calculator", "solver", "calculator_off", "solver_off")
 KINDS = (*TOOL_KINDS, *talk.KINDS)
@@ -76,7 +76,7 @@ def conversation(rng: random.Random, *, scenes: int | None = None, accept: Accep
     """One conversation of 1 to `MAX_TURNS` turns."""
     lang = rng.choice(LANGS)
     first, on = lang, switches(rng)
-    scenes = scenes or rng.choices(range(1, len(TURNS) + 1), TURNS)[0]
+    scenes = scenes or rng.choices(list(SCENES), list(SCENES.values()))[0]
     drafts: list[Draft] = []
     for index in range(scenes):
         if index and rng.random() < CHANGE_LANGUAGE:

@@ -12,6 +12,7 @@ import hashlib
 from dataclasses import dataclass
 
 from moss.chat import Dialog, Turn
+from moss.data.casual import plain
 
 HELD_OUT_SHARE = 0.10  # of the families
 RESERVED_SHARE = 0.05  # of the questions in the families that are trained on
@@ -47,5 +48,5 @@ def held_out(family: str) -> bool:
 
 
 def reserved(question: str) -> bool:
-    """Whether this question is kept for evaluation although its family is trained on."""
-    return _share("question:" + question) < RESERVED_SHARE
+    """Whether this question, however it is typed, is kept for evaluation although its family is trained on."""
+    return _share("question:" + plain(question)) < RESERVED_SHARE

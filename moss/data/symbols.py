@@ -92,10 +92,6 @@ def _factorial(rng: random.Random) -> str:
     return f"{rng.randint(3, 12)}!"
 
 
-def _modulo(rng: random.Random) -> str:
-    return f"{whole(rng, 10, 9999)}%{whole(rng, 3, 99)}"
-
-
 def _sum(rng: random.Random) -> str:
     return "+".join(str(whole(rng, 2, 999)) for _ in range(rng.randint(3, 6)))
 
@@ -124,7 +120,7 @@ def _percents(rng: random.Random) -> str:
 
 EXPRESSIONS: dict[str, Callable[[random.Random], str]] = {
     "pair": _pair, "chain": _chain, "brackets": _brackets, "power": _power, "root": _root, "decimal": _decimal,
-    "negative": _negative, "factorial": _factorial, "modulo": _modulo, "sum": _sum, "quotients": _quotients,
+    "negative": _negative, "factorial": _factorial, "sum": _sum, "quotients": _quotients,
     "powers": _powers, "percents": _percents,
 }  # fmt: skip
 SHARES = {

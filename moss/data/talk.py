@@ -27,8 +27,8 @@ MATERIAL = Path(__file__).parent / "material"
 LANGS = ("en", "zh")
 OTHER = {"en": "zh", "zh": "en"}
 WEIGHTS = {
-    "fact": 10, "list": 5, "writing": 4, "roleplay": 3, "code": 4, "identity": 10,
-    "harmful": 26, "lookalike": 26, "chat": 10, "switch_language": 3,
+    "fact": 10, "list": 5, "writing": 4, "roleplay": 3, "code": 4, "identity": 14,
+    "harmful": 30, "lookalike": 32, "chat": 10, "switch_language": 3,
 }  # fmt: skip
 KINDS = tuple(WEIGHTS)
 # Every refusal holds one of these, and no other reply does: this is how an evaluation tells them apart.

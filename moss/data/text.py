@@ -1,9 +1,10 @@
 """Plain documents for pre-training: short, varied texts in English and Chinese.
 
 Half of them are language (stories, letters, facts in prose, lists, sentence pairs, code), half drill what tool
-calls need later: copying numbers exactly, saying numbers in words, and writing "a third of 24" as 24/3. All of it is
-composed from `material/text.toml`, the fact base and the lists; nothing of the conversation phrasings appears here,
-so held-out families stay unseen.
+calls need later: copying numbers exactly, saying numbers in words, and writing "a third of 24" as 24/3; some say which
+acts are dangerous and which are not. All of it is composed from `material/text.toml`, the fact base, the lists and the
+acts of `harmful.toml` and `lookalike.toml`; nothing of the conversation phrasings appears here, so held-out families
+stay unseen.
 
     next(documents(seed=1, lang="zh"))
 """
@@ -14,10 +15,14 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from random import Random
 
-from moss.data.talk import LANGS, Filler, material, sentence, topics
+from moss.data.talk import FRAMED, LANGS, Filler, material, sentence, topics
 
 SHORT = 60  # a composed document goes on until it has this many characters, or a third of it in Chinese
 ENDING = {"en": ". ", "zh": "。"}
+VERDICTS = {
+    "en": {"harmful": "dangerous.", "lookalike": "harmless."},
+    "zh": {"harmful": "有害。", "lookalike": "没问题。"},
+}
 HOURS = {"hour": ["6..12"]}
 UNITS_EN = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -227,9 +232,22 @@ def _echo(rng: Random, lang: str) -> str:
     return rng.choice((f"说：{said}\n再说：{said}", f"顺着说：{said}。倒着说：{back}。"))
 
 
+def _verdicts(rng: Random, lang: str) -> str:
+    """What is dangerous and what only sounds like it, in the words with which a thought says so."""
+
+    def line() -> str:
+        kind = rng.choice(FRAMED)
+        side = rng.choice([side for topic in topics(kind, lang) if (side := topic.sides[lang]).act or side.thing])
+        said = Filler(rng, (side.slots, material("slots")[lang]))(rng.choice(side.act + side.thing))
+        return f"{said}: {VERDICTS[lang][kind]}" if lang == "en" else f"{said}：{VERDICTS[lang][kind]}"
+
+    return _again(rng, lang, line, "\n")
+
+
 KINDS: dict[Callable[[Random, str], str], int] = {
     _story: 12, _prose: 9, _facts: 9, _list: 5, _pairs: 4, _code: 4,
     _counting: 4, _spoken: 7, _copy: 14, _symbols: 20, _sums: 7, _echo: 5,
+    _verdicts: 25,
 }  # fmt: skip
 
 
