@@ -1,10 +1,11 @@
 """Decode on the CPU against the memory it reads: linear layers alone, whole steps through the engine, and peers.
 
-A llama-family model of 0.37 billion random weights in float32, bfloat16, int8 and int4. The bound is the bytes a token
-really reads (weights of the linear layers with their scales, keys and values; no embedding table) over the better of
-two read probes that run between the rounds: torch's sum over 512 MB and a plain stream loop. Every share is that of its
-own round; the median of the rounds counts. Peers are asked where they are installed, at the same shape:
-transformers, and llama.cpp through llama-cpp-python and gguf.
+A model of each family with about 0.37 billion random weights in float32, bfloat16, int8 and int4. The bound is the
+bytes a token really reads (weights of the linear layers with their scales, keys and values; no embedding table) over
+the better of two read probes that run between the rounds: torch's sum over 512 MB and a plain stream loop. Every share
+is that of its own round; the median of the rounds counts. Prompts are timed to the first token, a second turn after
+1,500 tokens both remembered and read again. Peers are asked where they are installed, on the same weights:
+transformers, and for the llama family llama.cpp through llama-cpp-python and gguf.
 
     python -m benchmarks.decode [--rounds 5] [--tokens 48] [--peers]      # writes benchmarks/results/decode.json
 """
@@ -19,27 +20,25 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.record import begin, publish
-from moss.engine import Engine, Sampling
-from moss.engine.kernels import FLAGS, GROUP, INT4, INT8, Linear, library, paths
+from moss.engine import Engine
+from moss.engine.kernels import FLAGS, Linear, library, paths
 from moss.engine.quant import quantize_
 from moss.engine.step import Step, runner
+from moss.evals.bench import PROBE, START, cache_bytes, decode_rate, seconds, two_turns, weight_bytes
 from moss.model import Decoder, ModelConfig
 from moss.weights import save_model
 
-SHAPE = ModelConfig(vocab_size=32_000, num_layers=24, hidden=1024, num_heads=16, ffn=2816, max_length=2048)
+SIZES: dict[str, Any] = {"vocab_size": 32_000, "num_layers": 24, "hidden": 1024, "num_heads": 16, "max_length": 2048}
+SHAPES = {"llama": ModelConfig(**SIZES, ffn=2816), "moss": ModelConfig(**SIZES, family="moss", rotary_dim=32)}
 WIDTHS = ("float32", "bfloat16", "int8", "int4")
 STREAMS = (1, 2, 4, 8, 16)
-PROMPT = 64  # tokens read before the ones that are timed
-PREFILL = 512
-PROBE = 512 << 20  # bytes
+PREFILL, HISTORY = 512, 1500  # tokens of a prompt, and of a first turn
 
 # The second probe, and all linear layers of a token in one call: a call from Python costs as much as a small layer.
 STUB = """
@@ -92,15 +91,9 @@ class Probe:
         return self.seen[-1]
 
 
-def seconds(work: Callable[[], Any]) -> float:
-    begun = time.perf_counter()
-    work()
-    return time.perf_counter() - begun
-
-
-def build(width: str) -> Decoder:
+def build(family: str, width: str) -> Decoder:
     """The model with the same random weights at any width."""
-    model = Decoder(SHAPE)
+    model = Decoder(SHAPES[family])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in model.parameters():
@@ -111,23 +104,17 @@ def build(width: str) -> Decoder:
     return model.to(getattr(torch, width)).eval()
 
 
-def read_bytes(linears: list[Linear]) -> int:
-    """Bytes of weights and scales that one token reads."""
-    size = {0: 4.0, 1: 2.0, INT8: 1.0, INT4: 0.5 + 4 / GROUP}
-    return round(sum(layer.rows * (layer.cols * size[layer.kind] + 4 * (layer.kind == INT8)) for layer in linears))
-
-
-def linears_alone(fast: Step, probe: Probe, rounds: int) -> dict[str, Any]:
+def linears_alone(model: Decoder, fast: Step, probe: Probe, rounds: int) -> dict[str, Any]:
     """All linear layers of one token, one after the other."""
     linears = fast.linears()
     array = (Linear * len(linears))(*linears)
-    x, y = torch.randn(SHAPE.ffn), torch.empty(SHAPE.vocab_size)
+    x, y = torch.randn(model.config.ffn), torch.empty(model.config.vocab_size)
     call = probe.stub.sweep
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     call.argtypes = (pointer, pointer, number, pointer, number, pointer, number)
     function = ctypes.cast(fast.kernels._linear, ctypes.c_void_p)
     arguments = (function, array, len(linears), x.data_ptr(), 1, y.data_ptr(), torch.get_num_threads())
-    total = read_bytes(linears)
+    total = weight_bytes(model)
     rates = []
     for _ in range(rounds):
         bound = probe()
@@ -140,54 +127,28 @@ def linears_alone(fast: Step, probe: Probe, rounds: int) -> dict[str, Any]:
     }
 
 
-def engine_rate(engine: Engine, streams: int, tokens: int) -> float:
-    """Tokens a second of so many requests at once, after their first token."""
-    sampling = Sampling(temperature=0.7, top_p=0.8, top_k=40, max_tokens=tokens, seed=1)
-    prompts = torch.randint(SHAPE.vocab_size, (streams, PROMPT), generator=torch.Generator().manual_seed(streams))
-    running = [engine.submit(ids, sampling) for ids in prompts.tolist()]
-    for stream in running:
-        next(stream)
-
-    def waiting() -> int:  # tokens that are made but not taken yet
-        return sum(stream._tokens.qsize() for stream in running)
-
-    before, begun = waiting(), time.perf_counter()
-    made = sum(1 for _ in running[0])  # the first to begin is the first to end: until then all of them run
-    made, took = made + waiting() - before, time.perf_counter() - begun
-    for stream in running:
-        stream.cancel()
-        list(stream)
-    return made / took
-
-
-def whole_step(model: Decoder, fast: Step, probe: Probe, rounds: int, tokens: int) -> dict[str, Any]:
+def whole_step(model: Decoder, probe: Probe, rounds: int, tokens: int) -> dict[str, Any]:
     """Steps as users get them: through the engine, sampling included; alone against the bound, then several at once."""
-    length = PROMPT + tokens / 2
-    cached = 2 * SHAPE.num_layers * SHAPE.num_kv_heads * SHAPE.head_dim * length * model.embed.weight.element_size()
-    total = read_bytes(fast.linears()) + cached
+    total = weight_bytes(model) + cache_bytes(model, START + tokens / 2)
     rates, shares, together = [], [], {}
     with Engine(model, lookup=False) as engine:
-        engine_rate(engine, 1, 4)
+        decode_rate(engine, 1, 4)
         for _ in range(rounds):
             bound = probe()
-            rates.append(engine_rate(engine, 1, tokens))
+            rates.append(decode_rate(engine, 1, tokens))
             shares.append(rates[-1] * total / 1e9 / max(bound, probe()))
         for streams in STREAMS:
-            together[streams] = round(statistics.median(engine_rate(engine, streams, tokens) for _ in range(3)), 1)
+            together[streams] = round(statistics.median(decode_rate(engine, streams, tokens) for _ in range(3)), 1)
+        read = min(two_turns(engine, PREFILL, 1)[0] for _ in range(3))
+        _, warm, cold = (statistics.median(times) for times in zip(*(two_turns(engine, HISTORY, 32) for _ in range(3))))
     return {
         "bytes": round(total),
         "tokens_per_s": [round(rate, 1) for rate in rates],
         "shares": [round(share, 3) for share in shares],
         "streams_tokens_per_s": together,
-        "prefill_tokens_per_s": round(prefill(model), 1),
+        "prefill_tokens_per_s": round(PREFILL / read, 1),
+        "second_turn": {"remembered_s": round(warm, 4), "read_again_s": round(cold, 4)},
     }
-
-
-@torch.inference_mode()
-def prefill(model: Any) -> float:
-    """Tokens a second of a long prompt, best of three."""
-    ids = torch.randint(SHAPE.vocab_size, (1, PREFILL))
-    return PREFILL / min(seconds(lambda: model(ids)) for _ in range(3))
 
 
 # ---------------------------------------------------------------- peers
@@ -198,17 +159,18 @@ def transformers_rates(folder: Path, tokens: int) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     rates: dict[str, Any] = {}
-    ids = torch.randint(SHAPE.vocab_size, (1, PROMPT))
+    ids = torch.randint(SIZES["vocab_size"], (1, PREFILL))
     for width in WIDTHS[:2]:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, width)).eval()
         settings = {"do_sample": False, "pad_token_id": 0}
 
-        def answer(count: int, model: Any = model, settings: dict[str, Any] = settings) -> None:
-            model.generate(ids, min_new_tokens=count, max_new_tokens=count, **settings)
+        def answer(count: int, prompt: int = START, model: Any = model, settings: dict[str, Any] = settings) -> None:
+            model.generate(ids[:, :prompt], min_new_tokens=count, max_new_tokens=count, **settings)
 
         answer(2)
         took = min(seconds(lambda: answer(tokens)) - seconds(lambda: answer(1)) for _ in range(3))
-        rates[width] = {"tokens_per_s": round((tokens - 1) / took, 1), "prefill_tokens_per_s": round(prefill(model), 1)}
+        read = min(seconds(lambda: answer(1, PREFILL)) for _ in range(3))
+        rates[width] = {"tokens_per_s": round((tokens - 1) / took, 1), "prefill_tokens_per_s": round(PREFILL / read, 1)}
         del model
         gc.collect()
     return rates
@@ -219,15 +181,16 @@ def write_gguf(model: Decoder, path: Path, kind: str) -> None:
     import gguf  # pyright: ignore[reportMissingImports]
 
     writer, quantization = gguf.GGUFWriter(str(path), "llama"), getattr(gguf.GGMLQuantizationType, kind)
-    writer.add_context_length(SHAPE.max_length)
-    writer.add_embedding_length(SHAPE.hidden)
-    writer.add_block_count(SHAPE.num_layers)
-    writer.add_feed_forward_length(SHAPE.ffn)
-    writer.add_head_count(SHAPE.num_heads)
-    writer.add_head_count_kv(SHAPE.num_kv_heads)
-    writer.add_layer_norm_rms_eps(SHAPE.norm_eps)
-    writer.add_rope_dimension_count(SHAPE.rotary_dim)
-    writer.add_vocab_size(SHAPE.vocab_size)
+    shape = model.config
+    writer.add_context_length(shape.max_length)
+    writer.add_embedding_length(shape.hidden)
+    writer.add_block_count(shape.num_layers)
+    writer.add_feed_forward_length(shape.ffn)
+    writer.add_head_count(shape.num_heads)
+    writer.add_head_count_kv(shape.num_kv_heads)
+    writer.add_layer_norm_rms_eps(shape.norm_eps)
+    writer.add_rope_dimension_count(shape.rotary_dim)
+    writer.add_vocab_size(shape.vocab_size)
     writer.add_tokenizer_model("no_vocab")
     names = {"embed": "token_embd", "norm": "output_norm", "head": "output", "attn_norm": "attn_norm"}
     names |= {"mlp_norm": "ffn_norm", "attn.o": "attn_output"} | {f"attn.{x}": f"attn_{x}" for x in "qkv"}
@@ -261,7 +224,7 @@ def _llama_cpp_rate(model: Decoder, path: Path, kind: str, tokens: int) -> dict[
     write_gguf(model, path, kind)
     threads = torch.get_num_threads()
     llama = Llama(str(path), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
-    ids = torch.randint(SHAPE.vocab_size, (PREFILL,)).tolist()
+    ids = torch.randint(SIZES["vocab_size"], (PREFILL,)).tolist()
 
     def read(count: int) -> None:
         llama.reset()
@@ -272,53 +235,88 @@ def _llama_cpp_rate(model: Decoder, path: Path, kind: str, tokens: int) -> dict[
             llama.eval([id])
 
     prompt = min(seconds(lambda: read(PREFILL)) for _ in range(3))
-    read(PROMPT)
+    read(START)
     took = min(seconds(steps) for _ in range(3))
     path.unlink()
     return {"tokens_per_s": round(tokens / took, 1), "prefill_tokens_per_s": round(PREFILL / prompt, 1)}
 
 
-def peers(tokens: int) -> dict[str, Any]:
-    """Whoever is installed; who is not is named."""
+def peers(family: str, tokens: int) -> dict[str, Any]:
+    """Rates of whoever is installed and knows the family; who is not is named."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as place:
-        model = build("float32")
+        model = build(family, "float32")
         found["transformers"] = found["llama.cpp"] = "not installed"
         if importlib.util.find_spec("transformers"):
             save_model(model, place)
             found["transformers"] = transformers_rates(Path(place), tokens)
-        if importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+        if family != "llama":
+            del found["llama.cpp"]
+        elif importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
             found["llama.cpp"] = llama_cpp_rates(model, Path(place), tokens)
-    for name, rates in found.items():
-        print(f"{name}: {rates}")
     return found
+
+
+def ours(family: str, width: str, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one family and width."""
+    model = build(family, width)
+    fast = runner(model)
+    assert isinstance(fast, Step)
+    alone = linears_alone(model, fast, probe, args.rounds)
+    step = whole_step(model, probe, args.rounds, args.tokens)
+    shares = [statistics.median(part["shares"]) for part in (alone, step)]
+    print(f"{family} {width}: linears {shares[0]:.0%} of the bound, step {shares[1]:.0%}, {step}", flush=True)
+    return {"linears": alone, "step": step}
+
+
+def compared(rows: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
+    """Ratios of our rates to those of the peers, of eight streams to one, and of a remembered second turn's time."""
+    steps = {width: row["step"] for width, row in rows.items()}
+    rate = {width: statistics.median(step["tokens_per_s"]) for width, step in steps.items()}
+    prefill = max(step["prefill_tokens_per_s"] for step in steps.values())
+    ratios = {
+        f"8 streams / 1, {w}": s["streams_tokens_per_s"][8] / s["streams_tokens_per_s"][1] for w, s in steps.items()
+    }
+    for width, step in steps.items():
+        turn = step["second_turn"]
+        ratios[f"second turn remembered / read again, {width}"] = turn["remembered_s"] / turn["read_again_s"]
+    pairs = {"transformers": [(width, width) for width in WIDTHS[:2]]}
+    pairs["llama.cpp"] = [("bfloat16", "F16"), ("int8", "Q8_0"), ("int4", "Q4_0")]
+    for peer, theirs in ((name, values) for name, values in found.items() if isinstance(values, dict)):
+        for width, other in pairs[peer]:
+            if width in rate:
+                ratios[f"decode, {width} / {peer} {other}"] = rate[width] / theirs[other]["tokens_per_s"]
+        best = {
+            figure: max(row[figure] for row in theirs.values()) for figure in ("tokens_per_s", "prefill_tokens_per_s")
+        }
+        if peer == "transformers" and "int8" in rate:
+            ratios["decode, int8 / best of transformers"] = rate["int8"] / best["tokens_per_s"]
+        ratios[f"prefill, best / best of {peer}"] = prefill / best["prefill_tokens_per_s"]
+    return {name: round(value, 3) for name, value in ratios.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48, help="tokens of one measurement")
+    parser.add_argument("--families", default=",".join(SHAPES))
     parser.add_argument("--widths", default=",".join(WIDTHS))
     parser.add_argument("--peers", action="store_true", help="also ask transformers and llama.cpp where installed")
     args = parser.parse_args()
     if library() is None:
         return 1
     probe = Probe()
-    result: dict[str, Any] = begin("decode") | {"path": paths()[0], "threads": torch.get_num_threads(), "rows": {}}
-    for width in args.widths.split(","):
-        model = build(width)
-        fast = runner(model)
-        assert isinstance(fast, Step)
-        alone = linears_alone(fast, probe, args.rounds)
-        step = whole_step(model, fast, probe, args.rounds, args.tokens)
-        result["rows"][width] = {"linears": alone, "step": step}
-        shares = [statistics.median(part["shares"]) for part in (alone, step)]
-        print(f"{width}: linears {shares[0]:.0%} of the bound, step {shares[1]:.0%}, {step}", flush=True)
-        del model, fast
-        gc.collect()
+    result: dict[str, Any] = begin("decode") | {"path": paths()[0], "threads": torch.get_num_threads()}
+    for family in args.families.split(","):
+        rows = {}
+        for width in args.widths.split(","):
+            rows[width] = ours(family, width, probe, args)
+            gc.collect()
+        found = peers(family, args.tokens) if args.peers else {}
+        result[family] = {"rows": rows, "peers": found, "ratios": compared(rows, found)}
+        for name, figures in (*found.items(), ("ratios", result[family]["ratios"])):
+            print(f"{family} {name}: {figures}", flush=True)
     result["probe_gb_per_s"] = [round(rate, 1) for rate in probe.seen]
-    if args.peers:
-        result["peers"] = peers(args.tokens)
     print(f"-> {publish(result)}")
     return 0
 

@@ -4,7 +4,8 @@ A verb is one line in `VERBS`: its words, and the dataclass with its settings. T
 imported only when its verb runs, so `moss --help` needs neither torch nor a parser; the one-line help of each verb is
 the first line of its dataclass's docstring, read from the source.
 
-Exit codes: 0 success, 1 an error in the input or the system (one line on standard error), 2 bad usage, 130 Ctrl-C.
+Exit codes: 0 success, 1 an error in the input or the system (one line on standard error), 2 bad usage, 130 Ctrl-C,
+143 SIGTERM; a training that was stopped has saved its last step.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ VERBS = {
     "train pretrain": "moss.train.pretrain:Pretrain",
     "train sft": "moss.train.sft:SFT",
     "eval tools": "moss.evals.tool_use:EvalTools",
+    "bench": "moss.evals.bench:Bench",
 }
 
 

@@ -1,12 +1,12 @@
 """Optimizers and learning-rate schedules, shared by all training stages.
 
 What    `make_optimizer` groups a decoder's parameters: the matrices of the blocks go to PyTorch's own Muon (or to
-        AdamW with weight decay), embeddings, head, norms and biases to AdamW. `cosine` and `warmup_stable_decay`
-        are pure functions from a step to the share of the full learning rate.
+        AdamW with weight decay), embeddings, head, norms and biases to AdamW. `warmup_stable_decay` is a pure
+        function from a step to the share of the full learning rate.
 Why     Muon learns small models in about half the steps, but is made for matrices between hidden states only.
 How     optimizer = make_optimizer(model, lr=3e-3, matrix_lr=0.02, weight_decay=0.1, muon=True)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * cosine(step, total=1000, warmup=50)
+            group["lr"] = group["initial_lr"] * warmup_stable_decay(step, total=1000, warmup=50)
 """
 
 from __future__ import annotations
@@ -109,29 +109,14 @@ def _can_fuse(parameters: Iterable[Tensor]) -> bool:
 # ---------------------------------------------------------------- schedules
 
 
-def _check(step: int, total: int, warmup: int) -> None:
+def warmup_stable_decay(step: int, total: int, warmup: int = 0, decay_share: float = 0.5, floor: float = 0.0) -> float:
+    """Share of the full rate at `step` (the first is 0): linear warm-up, flat, then linear to `floor` at `total`.
+
+    The decay takes the last `decay_share` of all steps (arXiv 2405.18392); the warm-up reaches 1 at its last step. What
+    is reached before the decay can be continued with a longer `total`.
+    """
     if total < 1 or not 0 <= warmup <= total or step < 0:
         raise ValueError(f"schedule: needs step >= 0 and 0 <= warmup <= total, got {step=}, {warmup=}, {total=}")
-
-
-def cosine(step: int, total: int, warmup: int = 0, floor: float = 0.1) -> float:
-    """Share of the full rate at `step` (the first is 0): linear warm-up, then half a cosine down to `floor`.
-
-    The warm-up reaches 1 at its last step; `floor` is reached at step `total` and kept.
-    """
-    _check(step, total, warmup)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def warmup_stable_decay(step: int, total: int, warmup: int = 0, decay_share: float = 0.5, floor: float = 0.0) -> float:
-    """Share of the full rate at `step`: linear warm-up, flat, then linear to `floor` over the last `decay_share`.
-
-    (arXiv 2405.18392.) What is reached before the decay can be continued with a longer `total`.
-    """
-    _check(step, total, warmup)
     if not 0 <= decay_share <= 1:
         raise ValueError(f"schedule: decay_share is {decay_share}, it must be from 0 to 1")
     if step < warmup:

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from moss.engine.quant import WIDTHS, QuantLinear, quantize_
+from moss.engine.quant import WIDTHS, QuantLinear, load_quantized
 from moss.files import json_object
 from moss.model import Decoder, ModelConfig, num_parameters
 from moss.tokenizer import Tokenizer, require_markers
@@ -50,19 +50,18 @@ def load(
             "this is another model's tokenizer.json, copy the one that belongs to the weights"
         )
     width, place = choose(config, dtype, device)
-    if width not in WIDTHS:
-        return load_model(folder, dtype=getattr(torch, width), device=place), tok
-    # Through bfloat16, which adds next to nothing to the error and is half the memory on the way.
-    return quantize_(load_model(folder, dtype=torch.bfloat16), width).to(place), tok
+    if width in WIDTHS:
+        return load_quantized(folder, width, place), tok
+    return load_model(folder, dtype=getattr(torch, width), device=place), tok
 
 
 def choose(config: ModelConfig, dtype: Dtype = "auto", device: Device = "auto") -> tuple[str, str]:
     """What `auto` means for a model on this machine: (dtype, device). What the user names stays as named.
 
     A small model runs as float32 on the CPU, where a GPU would only add waiting. A larger one runs on the GPU, in the
-    finest of bfloat16, int8 and int4 that fits its free memory; else on the CPU, in bfloat16 where the CPU multiplies
-    it fast or float32 would not fit. There `auto` never quantizes: the weights have to be read into memory before.
-    ValueError where there is no such device, or nothing that is left open fits.
+    finest of bfloat16, int8 and int4 that fits its free memory; else on the CPU, again in the finest that fits, with
+    float32 before them where the CPU is slow in bfloat16. ValueError where there is no such device, or nothing that is
+    left open fits.
     """
     for name, value, known in (("dtype", dtype, get_args(Dtype)), ("device", device, get_args(Device))):
         if value not in known:
@@ -94,7 +93,8 @@ def _widths(place: str, small: bool) -> tuple[str, ...]:
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return ("bfloat16", "int8", "int4") if fast else ("float32",)
     # Without AVX-512 torch's matrix product crawls in bfloat16, and so would the reading of a prompt.
-    return ("bfloat16",) if torch.backends.cpu.get_cpu_capability() == "AVX512" else ("float32", "bfloat16")
+    slow = torch.backends.cpu.get_cpu_capability() != "AVX512"
+    return (*(["float32"] if slow else []), "bfloat16", *WIDTHS)
 
 
 def num_bytes(config: ModelConfig, dtype: str) -> float:
@@ -132,8 +132,8 @@ def locate(model: str | Path | None = None) -> Path:
                 f"no model is bundled in {folder}; make one with `make nano` and give --model out/nano/sft"
             )
         return folder
-    if "://" in str(model):
-        raise ValueError(f"models on a server such as {model} are not part of this version; give a folder on this disk")
+    if on_server(model):
+        raise ValueError(f"{model} is on a server, and its weights are needed here: give a folder on this disk")
     folder = Path(model)
     if not folder.exists():
         raise ValueError(f"there is no model folder {str(model)!r}; give one with config.json, or none for the bundled")
@@ -146,9 +146,14 @@ def locate(model: str | Path | None = None) -> Path:
     return folder
 
 
+def on_server(model: str | Path) -> bool:
+    """Whether this is the address of a model on a server, `http://host:port/v1#name`."""
+    return "://" in str(model)
+
+
 def stage(model: str | Path | None = None) -> str | None:
     """The training stage that made a model of ours, such as `pretrain` or `sft`; None for one from elsewhere."""
-    return _record(locate(model)).get("stage")
+    return None if model is not None and on_server(model) else _record(locate(model)).get("stage")
 
 
 def _check_sha(folder: Path, tok: Tokenizer) -> None:

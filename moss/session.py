@@ -2,7 +2,8 @@
 
     import moss
 
-    chat = moss.load()                                # the bundled model; moss.load("out/nano/sft") for a folder
+    chat = moss.load()                                # the bundled model; moss.load("out/nano/sft") for a folder,
+                                                      # moss.load("http://host:port/v1#name") for one on a server
     for event in chat.stream("What is 37*12?"):       # thoughts, commands, results and reply as they come
         print(event)
 
@@ -31,11 +32,12 @@ from moss.engine import Engine, Sampling
 from moss.errors import UsageError
 from moss.files import replacing
 from moss.model import num_parameters
-from moss.resolve import Device, Dtype, dtype_of, locate
+from moss.resolve import Device, Dtype, dtype_of, locate, on_server
 from moss.resolve import load as load_model
 from moss.tokenizer import Tokenizer
 from moss.tools import run
 from moss.tools.base import Tool, parse_commands, prepare, standard_tools
+from moss.tools.chat_server import ChatServer, answer, connect
 
 Wanted = str | Iterable[str | Tool]  # `all`, `none`, `calculator,solver`, or keys and tools of one's own
 
@@ -43,6 +45,7 @@ Wanted = str | Iterable[str | Tool]  # `all`, `none`, `calculator,solver`, or ke
 def load(
     model: str | Path | None = None,
     *,
+    tokenizer: str | Path | None = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
     tools: Wanted = "all",
@@ -52,14 +55,19 @@ def load(
     max_tokens: int = 512,
     quality: int | None = None,
     seed: int | None = None,
+    deterministic: bool = False,
 ) -> Chat:
-    """A new conversation with a model: a folder, or None for the bundled one. Close it, or use it with `with`.
+    """A new conversation with a model: a folder, a server's address, or None for the bundled one. Close it, or use
+    it with `with`.
 
+    tokenizer: for a model on a server alone: its folder makes the server complete our ids (`moss.engine.remote`);
+    without it the server is asked to chat (`moss.tools.chat_server`).
     dtype, device: see `moss.resolve.choose` for what `auto` is. tools: those switched on, as in `moss chat --tools`,
     or a list that may hold tools of your own (`@moss.tool`), which go before standard ones with their key.
     temperature: 0 always takes the likeliest token. max_tokens: of a pass, that is of a round or a reply. quality: the
-    preference tag. seed: the same seed draws the same answers. `chat.sampling` has what else can be set.
-    UsageError (a ValueError) for a setting that cannot work, ValueError for a model that cannot be read.
+    preference tag. seed: the same seed draws the same answers. deterministic: the model's scores are the same to the
+    last bit, however the prompt is read or remembered (`moss.engine.fixed`). `chat.sampling` has what else can be set.
+    UsageError (a ValueError) for a setting that cannot work, ValueError for a model that cannot be read or reached.
     """
     try:
         sampling = Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens)
@@ -68,10 +76,21 @@ def load(
     if quality is not None and quality not in QUALITIES:
         raise UsageError(f"quality {quality} is not one of {', '.join(map(str, QUALITIES))}")
     known, switches = switched(tools)  # before the model is read, which takes its time
-    decoder, tok = load_model(model, dtype=dtype, device=device)
-    name = "moss-nano" if model is None else locate(model).resolve().name
-    about = f"{name}, {num_parameters(decoder.config) / 1e6:.1f}M parameters as {dtype_of(decoder)}"
-    dialog, engine = Dialog(meta_instruction, switches, []), Engine(decoder, slots=1)
+    if model is not None and on_server(model):
+        if (dtype, device, deterministic) != ("auto", "auto", False):
+            raise UsageError("dtype, device and deterministic are the server's own affair; leave them out")
+        if tokenizer is None and quality is not None:
+            raise UsageError("a chat server knows no preference tag; leave quality out, or give a tokenizer")
+        engine, tok = connect(str(model), tokenizer)
+        about = f"{engine.name} at {engine.url}"
+    elif tokenizer is not None:
+        raise UsageError("a folder has its own tokenizer; give one only for a model on a server")
+    else:
+        decoder, tok = load_model(model, dtype=dtype, device=device)
+        name = "moss-nano" if model is None else locate(model).resolve().name
+        about = f"{name}, {num_parameters(decoder.config) / 1e6:.1f}M parameters as {dtype_of(decoder)}"
+        engine = Engine(decoder, slots=1, deterministic=deterministic)
+    dialog = Dialog(meta_instruction, switches, [])
     return Chat(dialog, engine, tok, known, sampling, quality=quality, seed=seed, about=about, end=engine.close)
 
 
@@ -182,8 +201,8 @@ class Chat:
     def __init__(
         self,
         dialog: Dialog,
-        engine: run.Submits,
-        tok: Tokenizer,
+        engine: run.Submits | ChatServer,
+        tok: Tokenizer | None,
         tools: Mapping[str, Tool],
         sampling: Sampling,
         *,
@@ -257,7 +276,7 @@ class Chat:
             seed=None if self.seed is None else self.seed * 2**16 + len(dialog.turns),
         )
         asked = replace(dialog, turns=[*dialog.turns, Turn(text)])
-        for event in run.answer(asked, self.engine, self.tok, self.known, options):
+        for event in answer(asked, self.engine, self.tok, self.known, options):
             if isinstance(event, run.Done):
                 dialog.turns.append(event.turn)
             yield event

@@ -6,6 +6,7 @@ line that starts with `/` is a command to the program, see `COMMANDS`. Ctrl-C st
 
     moss chat                                          # a conversation
     moss chat -p "What is 37*12?" --json               # one answer, for programs
+    moss chat --model http://host:port/v1#name         # a model on a server; its key in MOSS_API_KEY
     printf 'Hello\\nWhat is 2^10?\\n' | moss chat      # a question a line
 """
 
@@ -50,7 +51,8 @@ class Chat:
     """Talk to a model in the terminal; it shows its thoughts, its tools at work and its reply."""
 
     prompt: str | None = option(None, short="-p")  # ask this once, show the answer and leave
-    model: str | None = None  # folder of a model; without it the bundled moss-nano
+    model: str | None = None  # folder of a model, or http://host:port/v1#name; without it the bundled moss-nano
+    tokenizer: Path | None = None  # the model's tokenizer, to send a server ids to complete; without it, it is to chat
     dtype: Dtype = "auto"  # format of the weights; auto takes what fits this machine and the model's size
     device: Device = "auto"  # where the model runs; auto takes the GPU where there is one and it gains
     tools: str = "all"  # tools switched on: all, none, or a list such as calculator,solver
@@ -60,6 +62,7 @@ class Chat:
     quality: int | None = None  # ask for replies of this quality: 0, 20, 40, 60, 80 or 100
     meta_instruction: Path | None = None  # file with the meta instruction that opens the conversation
     seed: int | None = None  # the same seed draws the same answer
+    deterministic: bool = False  # the same scores to the last bit, however the prompt is read or remembered
     json: bool = False  # with -p: print the answer as one JSON object
 
 
@@ -86,6 +89,7 @@ def open_chat(config: Chat) -> session.Chat:
     """The empty conversation that the flags describe."""
     chat = session.load(
         config.model,
+        tokenizer=config.tokenizer,
         dtype=config.dtype,
         device=config.device,
         tools=config.tools,
@@ -95,6 +99,7 @@ def open_chat(config: Chat) -> session.Chat:
         max_tokens=config.max_tokens,
         quality=config.quality,
         seed=config.seed,
+        deterministic=config.deterministic,
     )
     if stage(config.model) == "pretrain":
         note("this is a base model: it continues text, and learns to answer only by `moss train sft`")

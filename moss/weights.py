@@ -287,13 +287,28 @@ def load_model(
     head: None takes the one in the checkpoint; 'scalar' on a language model starts a fresh scalar head of zeros.
     Raises FileNotFoundError without config or weights, ValueError for everything that does not fit.
     """
+    model, read = open_model(path, head)
+    tensors = {
+        name: torch.empty(parameter.shape, dtype=dtype, device=device).copy_(read(name))
+        for name, parameter in model.named_parameters()
+    }
+    model.load_state_dict(tensors, assign=True)
+    model.rotary = rotary_frequencies(model.config)[0].to(device)
+    return model
+
+
+def open_model(path: str | Path, head: Head | None = None) -> tuple[Decoder, Callable[[str], Tensor]]:
+    """The model of a folder without its weights (on `meta`), and what reads one of its parameters, by our name.
+
+    A parameter comes in the dtype of its file, mapped from there: it must not be changed, and takes memory until it is
+    dropped. `head` and errors as in `load_model`.
+    """
     folder = Path(path)
     config, layout, stored = _read_config(folder)
     wanted = head or stored
     with torch.device("meta"):
         model = Decoder(config, wanted)
     fresh = {"head.weight"} if wanted == "scalar" and stored == "lm" else set()
-    tensors = {name: torch.zeros(1, config.hidden, dtype=dtype, device=device) for name in fresh}
     shards = Shards(folder)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters() if name not in fresh}
     spare = {"lm_head.weight", "lm_head.bias"} if fresh or config.tie_embeddings else set()
@@ -302,19 +317,21 @@ def load_model(
         for own, shape in shapes.items()
     }
     shards.check(expected, spare)
-    for own, shape in shapes.items():
-        source = shards.read(file_name(own, layout, wanted))
-        part = _fused_part(own, layout)
-        source = source if part is None else split_qkv(source, part)
-        assert tuple(source.shape) == shape, own
-        tensors[own] = torch.empty(shape, dtype=dtype, device=device).copy_(source)
-    model.load_state_dict(tensors, assign=True)
-    model.rotary = rotary_frequencies(config)[0].to(device)
-    return model
+
+    def read(own: str) -> Tensor:
+        if own in fresh:
+            return torch.zeros(1, config.hidden)
+        source, part = shards.read(file_name(own, layout, wanted)), _fused_part(own, layout)
+        return source if part is None else split_qkv(source, part)
+
+    return model, read
 
 
 class Shards:
-    """All tensors of a folder by name, checked when opened and read one at a time from the mapped files."""
+    """All tensors of a folder by name, checked when opened and read one at a time from the mapped files.
+
+    For each tensor its file is mapped anew, so that what was read before takes no memory any more.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -372,31 +389,42 @@ class Shards:
             handle = safe_open(file, framework="pt")
             for name in handle.keys():  # noqa: SIM118 (the handle is no mapping)
                 self.shapes[name] = tuple(handle.get_slice(name).get_shape())
-                self.read_from[name] = lambda name=name: self._floating(file, name, handle.get_tensor(name))
+                self.read_from[name] = lambda name=name: self._floating(file, name, _mapped_tensor(file, name))
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} is not a whole safetensors file ({error}): copy it again") from None
 
     def _open_pickle(self, file: Path) -> None:
         try:
-            values = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            values = _unpickle(file)
         except (*UNREADABLE, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{file} cannot be read as plain tensors ({reason}); nothing in it was run") from None
         if not isinstance(values, dict):
             raise ValueError(f"{file} holds a {type(values).__name__}, not a dict of tensors")
+        kept = None if zipfile.is_zipfile(file) else values  # what cannot be mapped is not read again
         for name, value in values.items():
             if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
                 raise ValueError(f"{file}: {name} is not a dense tensor")
             if value.untyped_storage().nbytes() < value.nbytes:
                 raise ValueError(f"{file}: {name} of shape {list(value.shape)} is larger than its data")
             self.shapes[name] = tuple(value.shape)
-            self.read_from[name] = lambda name=name, value=value: self._floating(file, name, value)
+            self.read_from[name] = lambda name=name: self._floating(file, name, (kept or _unpickle(file))[name])
 
     @staticmethod
     def _floating(file: Path, name: str, value: Tensor) -> Tensor:
         if value.dtype not in DTYPES:
             raise ValueError(f"{file}: {name} has dtype {value.dtype}, it must be one of {[str(d) for d in DTYPES]}")
         return value
+
+
+def _mapped_tensor(file: Path, name: str) -> Tensor:
+    with safe_open(file, framework="pt") as handle:
+        return handle.get_tensor(name)
+
+
+def _unpickle(file: Path) -> Any:
+    """The plain tensors of a pickle, mapped where its format can be."""
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
 
 
 def _inside(folder: Path, name: str) -> Path:

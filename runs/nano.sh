@@ -38,7 +38,7 @@ VOCAB=2048
 if [ -n "$BUNDLE" ]; then
   OUT=${OUT:-out/bundle} PRETRAIN_STEPS=300 SFT_STEPS=3300
 else
-  OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=480
+  OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=450
 fi
 QUESTIONS=100
 
@@ -69,8 +69,11 @@ stage() {
     return
   fi
   echo "== $name"
-  "$@"
-  [ -e "$result" ] || fail "stopped in $name; the same command goes on from there" 130
+  "$@" || {
+    local code=$?
+    [ $code -le 128 ] || fail "stopped in $name; the same command goes on from there" $code
+    exit $code
+  }
   echo "== $name: $((SECONDS - began)) s, $((SECONDS - STARTED)) s in all"
 }
 

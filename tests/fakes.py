@@ -41,6 +41,7 @@ class ScriptedEngine:
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.conversations: list[Hashable | None] = []
+        self.prefixes: list[int] = []
         self.streams: list[Stream] = []
         self.forgotten: list[Hashable] = []
 
@@ -48,12 +49,13 @@ class ScriptedEngine:
         self.forgotten.append(conversation)
 
     def submit(
-        self, ids: Sequence[int], sampling: Sampling, *, conversation: Hashable | None = None, **_: Any
+        self, ids: Sequence[int], sampling: Sampling, *, conversation: Hashable | None = None, prefix: int = 0, **_: Any
     ) -> Stream:
         """Replay the next answer; running out of answers is a test's mistake."""
         self.prompts.append(list(ids))
         self.samplings.append(sampling)
         self.conversations.append(conversation)
+        self.prefixes.append(prefix)
         stream = Stream(len(ids))
         self.streams.append(stream)
         finish = "length"

@@ -150,15 +150,40 @@ def test_without_a_compiler_one_line_says_so(fresh: Path, monkeypatch: pytest.Mo
     assert "install g++" in told
 
 
-def test_a_failed_build_is_one_line_and_leaves_nothing(fresh: Path, monkeypatch: pytest.MonkeyPatch, capfd):
-    """A broken compiler must not end the chat, nor leave a file that the next start would load."""
-    compiler(fresh, "echo 'fatal error: omp.h' >&2; echo more >&2; exit 1")
+def test_a_failed_build_is_one_line_and_remembered(fresh: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """A broken compiler must not end the chat, leave half a build, or keep every start waiting for it to fail again."""
+    program = f"echo run >> {fresh}/runs; echo 'fatal error: omp.h' >&2; echo more >&2; exit 1"
+    compiler(fresh, program)
     monkeypatch.setenv("PATH", f"{fresh}:/usr/bin:/bin")
     assert library() is None
     told = capfd.readouterr().err
     assert told.count("\n") == 2
     assert "fatal error: omp.h" in told
-    assert not list((fresh / "cache" / "moss").iterdir())
+    (left,) = (fresh / "cache" / "moss").iterdir()
+    kernels._library.cache_clear()  # as in the next process
+    assert library() is None
+    told = capfd.readouterr().err
+    assert told.count("\n") == 1
+    assert f"fatal error: omp.h; to try again, delete {left}" in told
+    assert (fresh / "runs").read_text() == "run\n"
+    left.unlink()
+    kernels._library.cache_clear()
+    assert library() is None
+    assert (fresh / "runs").read_text() == "run\nrun\n"
+    compiler(fresh, f"{program} # another compiler")  # is tried at once
+    kernels._library.cache_clear()
+    assert library() is None
+    assert (fresh / "runs").read_text() == "run\nrun\nrun\n"
+
+
+def test_a_build_that_takes_for_ever_is_remembered(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    """Where a compiler hangs, every process waited for as long as a build may take."""
+    program = compiler(fresh, "echo thinking >&2; exec sleep 60")
+    monkeypatch.setattr(kernels, "BUILD_SECONDS", 0.2)
+    for _ in range(2):
+        with pytest.raises(OSError, match=r"timed out after .*; to try again, delete"):
+            kernels._build(program, ["-O2"])
+        monkeypatch.setattr(kernels.subprocess, "run", None)  # the second time nothing is started
 
 
 def test_a_cache_folder_that_cannot_be_made(fresh: Path, monkeypatch: pytest.MonkeyPatch):

@@ -258,7 +258,7 @@ def test_before_training_a_signal_ends_at_once() -> None:
     """Prevents a program that cannot be stopped while it reads its data."""
     with loop.Stop(), pytest.raises(SystemExit) as end:
         signal.raise_signal(signal.SIGTERM)
-    assert end.value.code == 0
+    assert end.value.code == 128 + signal.SIGTERM
     with loop.Stop(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 

@@ -9,7 +9,7 @@ import torch
 from torch.optim import AdamW, Muon
 
 from moss.model import Decoder, ModelConfig
-from moss.optim import cosine, make_optimizer, split_parameters, warmup_stable_decay
+from moss.optim import make_optimizer, split_parameters, warmup_stable_decay
 
 
 def tiny(family: str = "llama") -> Decoder:
@@ -113,17 +113,6 @@ def test_both_learn():
         assert loss.item() < 0.5, muon  # from ln(32) = 3.47
 
 
-def test_cosine_by_hand():
-    """Prevents: a warm-up that starts at zero or overshoots, a floor missed at the end."""
-    assert [cosine(step, total=12, warmup=4) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
-    assert cosine(4, total=12, warmup=4) == 1.0
-    assert cosine(8, total=12, warmup=4) == pytest.approx(0.55)  # half way from 1 to 0.1
-    assert cosine(12, total=12, warmup=4) == pytest.approx(0.1)
-    assert cosine(99, total=12, warmup=4) == pytest.approx(0.1)
-    assert cosine(0, total=2, floor=0.0) == 1.0
-    assert cosine(1, total=2, floor=0.0) == pytest.approx(0.5)
-
-
 def test_warmup_stable_decay_by_hand():
     """Prevents: a decay that starts too early, or that never reaches the floor."""
     rates = [warmup_stable_decay(step, total=8, warmup=2, decay_share=0.5) for step in range(9)]
@@ -135,8 +124,8 @@ def test_warmup_stable_decay_by_hand():
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: cosine(0, total=0), "total=0"),
-        (lambda: cosine(-1, total=4), "step=-1"),
+        (lambda: warmup_stable_decay(0, total=0), "total=0"),
+        (lambda: warmup_stable_decay(-1, total=4), "step=-1"),
         (lambda: warmup_stable_decay(0, total=4, warmup=5), "warmup=5"),
         (lambda: warmup_stable_decay(0, total=4, decay_share=1.5), "decay_share is 1.5"),
         (lambda: make_optimizer(tiny(), lr=-1.0, weight_decay=0.0, muon=True), "lr is -1.0"),

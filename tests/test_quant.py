@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from fakes import toy_model
@@ -11,9 +15,10 @@ from moss import resolve
 from moss.chat import META_INSTRUCTION, Dialog, Turn, render
 from moss.engine import quant
 from moss.engine.kernels import SLACK, library, paths
-from moss.engine.quant import QuantLinear, pack, quantize_
+from moss.engine.quant import QuantLinear, load_quantized, pack, product, quantize_, unpack
 from moss.engine.step import runner
 from moss.model import Decoder, ModelConfig
+from moss.weights import load_model, open_model, save_model
 
 
 def weight_of(rows: int, cols: int) -> torch.Tensor:
@@ -98,6 +103,70 @@ def test_quantize_turns_every_linear_layer(width: str, bits: float, error: float
     assert (head.dequantize() - table).norm() / table.norm() < error
     stored = sum(buffer.numel() * buffer.element_size() for buffer in head.buffers())
     assert stored * 8 / table.numel() == pytest.approx(bits, rel=0.05)
+
+
+TIED: dict[str, Any] = {"tie_embeddings": True, "qk_norm": True}
+FUSED: dict[str, Any] = {"family": "moss", "rotary_dim": 16}  # one matrix of queries, keys and values in the file
+
+
+@pytest.mark.parametrize("width", ["int8", "int4"])
+@pytest.mark.parametrize("values", [TIED, FUSED], ids=["tied", "fused"])
+def test_loading_turns_each_layer_as_it_is_read(
+    width: str, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Held in floats first, 16 billion parameters take 31 GB on their way to 9; and the result must be the same."""
+    torch.manual_seed(0)
+    config = ModelConfig(vocab_size=300, num_layers=2, hidden=128, num_heads=4, **values)
+    model = Decoder(config)
+    for weight in model.parameters():
+        nn.init.normal_(weight, std=0.1)
+    save_model(model, tmp_path)
+    wanted = quantize_(load_model(tmp_path), width)
+    matrices: list[weakref.ref[Any]] = []
+
+    def watched(path: Path):
+        model, read = open_model(path)
+
+        def watch(name: str) -> torch.Tensor:
+            assert not any(each() for each in matrices), f"an earlier matrix was still there when {name} was read"
+            value = read(name)
+            if value.ndim > 1:
+                matrices.append(weakref.ref(value.untyped_storage()))
+            return value
+
+        return model, watch
+
+    monkeypatch.setattr(quant, "open_model", watched)
+    loaded = load_quantized(tmp_path, width)
+    assert len(matrices) == 1 + 2 * 7 - 2 * (config.family == "moss") + 1
+    pairs = [(dict(m.named_parameters()) | dict(m.named_buffers())) for m in (wanted, loaded)]
+    assert pairs[0].keys() == pairs[1].keys()
+    for name, tensor in pairs[0].items():
+        assert tensor.dtype == pairs[1][name].dtype, name
+        assert torch.equal(tensor, pairs[1][name]), name
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(ids), wanted(ids))
+
+
+@pytest.mark.parametrize("backend", [None, "eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_the_way_of_gpus_agrees(width: str, backend: str | None, monkeypatch: pytest.MonkeyPatch):
+    """What a GPU compiles, here on the CPU: plain, traced as one graph, as kernels. No size may make new ones."""
+    made: dict[Any, Any] = {}
+    torch.compiler.reset()
+
+    def compiled(function: Any) -> Any:
+        options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "backend": backend}
+        return function if backend is None else made.setdefault(function, torch.compile(function, **options))
+
+    monkeypatch.setattr(quant, "compiled", compiled)
+    monkeypatch.setattr(quant, "GPU_BLOCK", 1 << 13)
+    for rows, cols in ((70, 300), (64, 256), (96, 512), (130, 704)):
+        layer = QuantLinear(weight_of(rows, cols), None, width)
+        for n in (1, 2, quant.FEW, quant.FEW + 1, 40):
+            x = torch.randn(n, cols, generator=torch.Generator().manual_seed(n))
+            torch.testing.assert_close(layer._on_gpu(x), x @ layer.dequantize().T)
+    assert backend is None or set(made) == {product, unpack}
 
 
 def test_a_change_of_dtype_leaves_the_scales():

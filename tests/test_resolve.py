@@ -140,6 +140,8 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         (LARGE, {"gpu": 2.5}, ("int8", "cuda")),
         (LARGE, {"gpu": 1.5}, ("int4", "cuda")),
         (LARGE, {"gpu": 0.5}, ("bfloat16", "cpu")),
+        (LARGE, {"cpu": 2.5}, ("int8", "cpu")),
+        (LARGE, {"level": "AVX2", "cpu": 1.5}, ("int4", "cpu")),
         (LARGE, {"gpu": 16, "gpu_bf16": False}, ("float32", "cuda")),
     ],
 )
@@ -151,13 +153,13 @@ def test_auto_takes_what_fits(machine, config: ModelConfig, hardware: dict, chos
 
 def test_what_the_user_names_is_done(machine):
     """`--dtype float32` that silently becomes bfloat16 makes every comparison wrong."""
-    machine(cpu=1, gpu=80)
+    machine(cpu=0.5, gpu=80)
     assert choose(LARGE, "int8") == ("int8", "cuda")
     assert choose(LARGE, "int8", "cpu") == ("int8", "cpu")
     assert choose(LARGE, "float32", "cpu") == ("float32", "cpu")  # too large for it, and still what was asked
     assert choose(NANO, "int4") == ("int4", "cpu")
     assert choose(NANO, device="cuda") == ("float32", "cuda")
-    with pytest.raises(ValueError, match=r"take 3\.3 GB as bfloat16, and 1\.0 GB of memory are free on the cpu"):
+    with pytest.raises(ValueError, match=r"take 1\.0 GB as int4, and 0\.5 GB of memory are free on the cpu"):
         choose(LARGE, device="cpu")
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from moss.chat import Dialog, Round, Turn, render
+from moss.chat import SWITCHES, Dialog, Round, Switch, Turn, instruction, render
 from moss.engine import Engine, Grammar, Sampling, Stream
+from moss.engine.cache import common_prefix
 from moss.tokenizer import MARKERS, ROLES, Tokenizer, train
 from moss.tools.base import Tool, ToolError, tool
 from moss.tools.run import BROKEN, Done, Error, Event, Notice, Options, Reply, Thoughts, ToolDone, ToolStarted, answer
@@ -405,3 +406,37 @@ def test_real_engine_reuses_the_cache(tok: Tokenizer) -> None:
         assert isinstance(done, Done)
         cut = len(render(Dialog("Be kind.", following.switches, [first]), tok, until="reply")[0])
         assert done.usage["prompt_tokens"] > done.usage["cached_tokens"] >= cut
+
+
+def test_meta_instruction_and_switches_are_read_once(tok: Tokenizer) -> None:
+    """Every new conversation would read them again; after a switch only what changed may be read, and back nothing."""
+    lines = SWITCHES | {key: Switch(tool.switch, tool.api) for key, tool in TOOLS.items()}
+    with Engine(toy_model(vocab_size=tok.vocab_size, max_length=800), slots=1) as engine:
+
+        def ask(question: str, on: bool) -> tuple[int, list[int], int]:
+            """How much of the prompt was cached, the prompt, and how much of it is the head."""
+            asked = dialog(calculator=on)
+            asked.turns[0].human = question
+            events = answer(asked, engine, tok, TOOLS, Options(Sampling(max_tokens=4), conversation=question))
+            done = list(events)[-1]
+            assert isinstance(done, Done)
+            prompt = render(asked, tok, until="thoughts", switches=lines)[0]
+            return done.usage["cached_tokens"], prompt, len(tok.encode(instruction(asked, lines)))
+
+        first, alike = ask("add 1", True), ask("hello", True)
+        assert first[0] == 0
+        assert alike[0] == common_prefix(first[1], alike[1]) >= alike[2]
+        off = ask("there", False)
+        assert off[0] == common_prefix(alike[1], off[1]) < off[2]
+        again = ask("solve x", True)  # the only row holds the other switches by now
+        assert again[0] == again[2]
+
+
+def test_each_form_names_what_others_share(tok: Tokenizer) -> None:
+    """A prefix that reaches into the question would keep what no other conversation can use."""
+    for form, passes in (("plugin", [NOTHING, SAY]), ("sft", [SAY]), ("base", [" hello"])):
+        engine = ScriptedEngine([ids(tok, text) for text in passes])
+        list(answer(dialog(), engine, tok, TOOLS, Options(form=form)))  # type: ignore[arg-type]
+        head = {"plugin": instruction(dialog()), "sft": "Be kind.\n", "base": ""}[form]
+        assert set(engine.prefixes) == {len(tok.encode(head))}
+        assert tok.decode(engine.prompts[0][: engine.prefixes[0]]) == head

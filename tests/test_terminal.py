@@ -19,8 +19,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from moss import __main__ as cli
 from moss import session, terminal
 from moss.chat import META_INSTRUCTION
+from moss.engine import Engine
+from moss.engine.fixed import WIDTH
 from moss.errors import UsageError
 from moss.screen import Screen
 from moss.terminal import Chat, answer_line, ask_once, converse, open_chat
@@ -269,6 +272,19 @@ def test_flags_reach_the_chat(model_folder: Path, tmp_path: Path):
         assert not any(chat.tools.values())
         assert chat.meta_instruction == META_INSTRUCTION
         assert chat.about.endswith("M parameters as float32")
+
+
+def test_deterministic_reaches_the_engine(model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    """A flag that promises equal bits and is then forgotten is worse than none."""
+    engines: list[Engine] = []
+    monkeypatch.setattr(session, "Engine", lambda *args, **named: engines.append(Engine(*args, **named)) or engines[-1])
+    words = ["chat", "-p", "hi", "--model", str(model_folder), "--max-tokens", "4", "--temperature", "1", "--seed", "1"]
+    replies = []
+    for more in ([], ["--deterministic"], ["--deterministic"]):
+        assert cli.main([*words, "--json", *more]) == 0
+        replies.append(json.loads(capsys.readouterr().out)["reply"])
+    assert [engine.most == WIDTH for engine in engines] == [False, True, True]
+    assert replies[1] == replies[2] != ""
 
 
 def test_tools_are_started_while_the_first_question_is_typed(model_folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -129,7 +129,7 @@ def test_resumed_is_unbroken(
             return original(state, loss, norm)
 
         patch.setattr(loop, "judge", stop_after_four)
-        assert run(broken) == 0
+        assert run(broken) == 128 + signal.SIGTERM
     assert [step for step, _ in checkpoint.steps(tmp_path / "broken")] == [4, 3]
     assert not (tmp_path / "broken" / "moss.json").exists()
     torch.manual_seed(99)
@@ -238,7 +238,7 @@ def published(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_signals_save_and_exit_zero(name: str, made: Path, tmp_path: Path) -> None:
+def test_signals_save_and_say_so(name: str, made: Path, tmp_path: Path) -> None:
     """Prevents lost work when a machine is taken away or Ctrl-C is pressed: the real program and a real signal."""
     out = tmp_path / "run"
     words = ["train", "pretrain", "--data", str(made / "text.jsonl"), "--tokenizer", str(made / "tok"), "--depth", "1"]
@@ -255,7 +255,8 @@ def test_signals_save_and_exit_zero(name: str, made: Path, tmp_path: Path) -> No
         time.sleep(0.05)
     child.send_signal(signal.Signals[name])
     _, said = child.communicate(timeout=30)
-    assert child.returncode == 0 and name in said and "--resume" in said and "Traceback" not in said
+    assert child.returncode == 128 + signal.Signals[name]
+    assert name in said and "--resume" in said and "Traceback" not in said
     newest = checkpoint.newest(out, print)
     assert newest and newest.name == f"step-{figures(out)[-1][0]:06d}"
     assert not (out / ".lock").exists()

@@ -37,11 +37,10 @@ class Slot:
 
 @dataclass
 class Prefix:
-    """A beginning that prompts share: its ids, and per layer their keys and values (G, length, E)."""
+    """A beginning that prompts share: its ids, and their part of each of the cache's `stores` (G, length, E)."""
 
     ids: list[int]
-    keys: list[Tensor]
-    values: list[Tensor]
+    stores: list[Tensor]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -55,11 +54,10 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 class Window:
     """The cache as one forward pass sees it: `count` neighbouring rows, each of which gets T new tokens.
 
-    `starts[i]` is how many tokens row `first + i` already holds; the new ones are written behind them. A window of a
-    window is a part of its pass.
+    `starts[i]` is how many tokens row `first + i` already holds; the new ones are written behind them.
     """
 
-    def __init__(self, cache: Cache | Window, first: int, starts: Sequence[int], num_new: int) -> None:
+    def __init__(self, cache: Cache, first: int, starts: Sequence[int], num_new: int) -> None:
         self.keys, self.values = cache.keys, cache.values
         self.starts = list(starts)
         self.rows = slice(first, first + len(starts))
@@ -128,6 +126,11 @@ class Cache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
     @property
+    def stores(self) -> list[Tensor]:
+        """The keys of all layers, then the values."""
+        return [*self.keys, *self.values]
+
+    @property
     def room(self) -> bool:
         """Whether `acquire` would find a row."""
         return len(self.slots) < self.max_slots or any(slot.user is None for slot in self.slots)
@@ -166,8 +169,7 @@ class Cache:
             return
         known = next((prefix for prefix in self.prefixes if prefix.ids == ids), None)
         if known is None:
-            keys, values = ([store[slot.row, :, :length].clone() for store in kv] for kv in (self.keys, self.values))
-            known = Prefix(ids, keys, values)
+            known = Prefix(ids, [store[slot.row, :, :length].clone() for store in self.stores])
         else:
             self.prefixes.remove(known)
         self.prefixes = [*self.prefixes, known][-PREFIXES:]
@@ -226,12 +228,9 @@ class Cache:
 
     def _copy(self, source: Slot | Prefix, slot: Slot, length: int) -> None:
         """Write the first `length` keys and values of `source` into a row."""
-        if isinstance(source, Prefix):
-            for store, kept in zip((*self.keys, *self.values), (*source.keys, *source.values)):
-                store[slot.row, :, :length] = kept[:, :length]
-        else:
-            for store in (*self.keys, *self.values):
-                store[slot.row, :, :length] = store[source.row, :, :length]
+        for place, store in enumerate(self.stores):
+            kept = source.stores[place] if isinstance(source, Prefix) else store[source.row]
+            store[slot.row, :, :length] = kept[:, :length]
 
     def _touch(self, slot: Slot) -> None:
         self._tick += 1
@@ -242,7 +241,7 @@ class Cache:
         if a is b:
             return
         length = max(len(a.ids), len(b.ids))
-        for store in (*self.keys, *self.values):
+        for store in self.stores:
             kept = store[a.row, :, :length].clone()
             store[a.row, :, :length] = store[b.row, :, :length]
             store[b.row, :, :length] = kept

@@ -21,18 +21,18 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from moss.engine.cache import Cache
-from moss.engine.fixed import FixedRunner
+from moss.engine.fixed import WIDTH, Padded, fixed_runner
 from moss.engine.lookup import Lookup
 from moss.engine.requests import EngineError, Grammar, Queue, Request, Stream, Token
 from moss.engine.sample import Plan, Sampling, logprobs_of
@@ -42,21 +42,6 @@ from moss.model import Decoder
 PIECE = 512  # prompt tokens read in one step; also positions scored at once
 SHARED_PIECE = 128  # the same while others decode and wait for the step to end
 READERS = 4  # prompts that are read in turns; more of them would only all be late
-
-
-class _Border:
-    """Around the worker's loop: whatever ends it goes to the requests, and the next one finds a fresh engine."""
-
-    def __init__(self, fail: Callable[[BaseException], None]) -> None:
-        self.fail = fail
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> bool:
-        if error is not None:
-            self.fail(error)
-        return True
 
 
 class Engine:
@@ -72,18 +57,18 @@ class Engine:
         model: Decoder,
         *,
         slots: int = 32,
-        device: torch.device | str | None = None,
         max_length: int | None = None,
         queue: int = 256,
         deterministic: bool = False,
         lookup: bool = True,
     ) -> None:
-        self.model = (model if device is None else model.to(device)).eval()
-        weight = next(self.model.parameters())
+        self.model = model.eval()
+        weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.slots, self.lookup = slots, lookup
         self.max_length = min(model.config.max_length, max_length or model.config.max_length)
-        self.runner: Runner = FixedRunner(self.model) if deterministic else runner(self.model)
+        self.runner: Runner = fixed_runner(model) if deterministic else runner(model)
+        self.most = WIDTH if deterministic else sys.maxsize  # tokens of a pass
         self._waiting = Queue(queue)
         self._inbox: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()  # guards the inbox, the thread and `_closed`
@@ -130,16 +115,8 @@ class Engine:
             raise ValueError(f"prefix is {prefix}; the prompt has {len(ids)} ids")
         if not 0 <= logprobs <= vocab_size:
             raise ValueError(f"logprobs is {logprobs}; ask for 0 to {vocab_size}")
-        request = Request(
-            ids,
-            sampling,
-            conversation=conversation,
-            owner=owner,
-            grammar=grammar,
-            num_top=logprobs,
-            prefix=prefix,
-            lookup=Lookup() if self.lookup else None,
-        )
+        lookup = Lookup() if self.lookup else None
+        request = Request(ids, sampling, conversation, owner, grammar, logprobs, prefix, lookup)
         self._wake(lambda: self._waiting.put(request))
         return request.stream
 
@@ -197,19 +174,22 @@ class Engine:
             max_length=self.max_length,
             dtype=self.dtype,
             device=self.device,
-            block=self.runner.block if isinstance(self.runner, FixedRunner) else 1,
-            width=self.runner.width if isinstance(self.runner, FixedRunner) else 1,
+            block=self.runner.block if isinstance(self.runner, Padded) else 1,
+            width=self.runner.width if isinstance(self.runner, Padded) else 1,
         )
 
     def _work(self) -> None:
         open_ = True
         while open_:
-            with _Border(lambda error: self._drop(None, error)), torch.inference_mode():
-                while open_ := self._take():
-                    self._sweep()
-                    self._read()
-                    if self._cache.live:
-                        self._decode()
+            try:
+                with torch.inference_mode():
+                    while open_ := self._take():
+                        self._sweep()
+                        self._read()
+                        if self._cache.live:
+                            self._decode()
+            except BaseException as error:  # it goes to the requests, and the next one finds a fresh engine
+                self._drop(None, error)
 
     def _take(self) -> bool:
         """Do what was posted, waiting for it when there is nothing else to do. False when the engine is closed."""
@@ -256,7 +236,7 @@ class Engine:
             if not request.started:
                 request.started = True
                 request.stream.reused = self._cache.reuse(slot, request.ids)
-            piece = request.ids[len(slot.ids) : len(slot.ids) + budget]
+            piece = request.ids[len(slot.ids) : len(slot.ids) + min(budget, self.most)]
             hidden = self._forward(slot.row, [len(slot.ids)], [piece])[:, -1]
             slot.ids += piece
             budget -= len(piece)
@@ -292,11 +272,14 @@ class Engine:
         if lookup is not None:
             self._look_up(requests[0], lookup, self._plan)
             return
-        last = [request.ids[-1] for request in requests]
-        hidden = self._forward(live[0].row, [len(slot.ids) for slot in live], [[id] for id in last])[:, -1]
-        for slot, id in zip(live, last):
-            slot.ids.append(id)
-        self._choose(requests, self._plan, self._logits(hidden))
+        logits = []
+        for part in (live[first : first + self.most] for first in range(0, len(live), self.most)):
+            last = [slot.user.ids[-1] for slot in part]
+            hidden = self._forward(part[0].row, [len(slot.ids) for slot in part], [[id] for id in last])
+            logits.append(self._logits(hidden[:, -1]))
+            for slot, id in zip(part, last):
+                slot.ids.append(id)
+        self._choose(requests, self._plan, logits[0] if len(logits) == 1 else torch.cat(logits))
 
     def _look_up(self, request: Request, lookup: Lookup, plan: Plan) -> None:
         """Read the last token and a guess of what follows in one pass, and go as far as the guess was right.

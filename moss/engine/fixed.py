@@ -17,8 +17,6 @@ is let down by a library is looked at before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -32,13 +30,14 @@ BLOCK = 512  # columns the attention kernel of torch works on at once
 
 
 class _Tokens:
-    """The cache as one pass sees it: new tokens at `positions`, all of one row or one each of neighbouring rows."""
+    """The cache as one pass sees it: the new tokens of a window, all of one row or one each of neighbouring rows."""
 
-    def __init__(self, window: Window, first: int, positions: Tensor, *, one_row: bool) -> None:
+    def __init__(self, window: Window) -> None:
         self.keys, self.values = window.keys, window.values
-        count, num_rows = len(positions), self.keys[0].shape[0]
+        first, num_rows = window.rows.start, self.keys[0].shape[0]
+        one_row, positions = len(window.starts) == 1, window.positions.flatten()
         start = first if one_row else min(first, num_rows - WIDTH)  # a pass over rows looks at WIDTH of them
-        before = first - start
+        before, count = first - start, len(positions)
         self.seen = slice(start, start + (1 if one_row else WIDTH))
         self.real = slice(before, before + count)  # which of the WIDTH tokens are not padding
         self.padding = (before, WIDTH - before - count)
@@ -65,48 +64,35 @@ class _Tokens:
         return self._mask
 
 
-class FixedRunner:
-    """Runs a model so that no token's bits depend on its company. `block` and `width` are what the cache must offer."""
+class Padded:
+    """Runs a model in passes of one shape. The cache must offer columns in whole `block`s and `width` rows."""
+
+    block, width = BLOCK, WIDTH
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
-        fast = runner(model)
-        self.step = fast if fast is not model and _adds_up_alone(fast, model) else None
-        self.block, self.width = (1, 1) if self.step else (BLOCK, WIDTH)
-        if self.step is None:
-            _check_places(model)
+        _check_places(model)
 
     def hidden(self, ids: Tensor, *, positions: Tensor, cache: Window) -> Tensor:
-        """ids (B, T) of B neighbouring rows, B or T being 1 -> hidden states (B, T, D)."""
-        batch, length = ids.shape
-        assert 1 in (batch, length), ids.shape
-        first, one_row = cache.rows.start, batch == 1
-
-        def stepped(ids: Tensor, positions: Tensor, offset: int) -> Tensor:
-            assert self.step is not None
-            if one_row:
-                window = Window(cache, first, [cache.starts[0] + offset], len(ids))
-            else:
-                window = Window(cache, first + offset, cache.starts[offset : offset + len(ids)], 1)
-            shaped = ids.view(window.positions.shape)
-            return self.step.hidden(shaped, positions=window.positions, cache=window).flatten(0, 1)
-
-        def padded(ids: Tensor, positions: Tensor, offset: int) -> Tensor:
-            tokens = _Tokens(cache, first if one_row else first + offset, positions, one_row=one_row)
-            all_ids = pad(ids, tokens.padding)[:, None]
-            return self.model.hidden(all_ids, positions=tokens.positions, cache=tokens)[tokens.real, 0]
-
-        states = _by_width(stepped if self.step else padded, ids.flatten(), positions.flatten())
-        return states.view(batch, length, -1)
+        """ids (B, T) of B neighbouring rows, B or T being 1, together at most WIDTH -> hidden states (B, T, D)."""
+        assert 1 in ids.shape, ids.shape
+        tokens = _Tokens(cache)
+        padded = pad(ids.flatten(), tokens.padding)[:, None]
+        states = self.model.hidden(padded, positions=tokens.positions, cache=tokens)[tokens.real, 0]
+        return states.view(*ids.shape, -1)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden (B, D) -> logits (B, V)."""
+        return self.model.logits(pad(hidden, (0, 0, 0, WIDTH - len(hidden))))[: len(hidden)]
 
-        def padded(hidden: Tensor, _offset: int) -> Tensor:
-            return self.model.logits(pad(hidden, (0, 0, 0, WIDTH - len(hidden))))[: len(hidden)]
 
-        step = self.step
-        return _by_width(padded if step is None else lambda hidden, _: step.logits(hidden), hidden)
+def fixed_runner(model: Decoder) -> Runner:
+    """A runner for which no token's bits depend on its company, in passes of at most WIDTH tokens.
+
+    ValueError where the machine allows none.
+    """
+    fast = runner(model)
+    return fast if fast is not model and _adds_up_alone(fast, model) else Padded(model)
 
 
 @torch.inference_mode()
@@ -138,9 +124,3 @@ def _check_places(model: Decoder) -> None:
             f"deterministic: on {weight.device} in {weight.dtype} the same row has other bits in another place of a "
             "batch; use another dtype or device, or leave it off"
         )
-
-
-def _by_width(one_pass: Callable[..., Tensor], *rows: Tensor) -> Tensor:
-    """Join what `one_pass(*pieces, offset)` gives for WIDTH rows at a time."""
-    pieces = zip(*(tensor.split(WIDTH) for tensor in rows))
-    return torch.cat([one_pass(*piece, number * WIDTH) for number, piece in enumerate(pieces)])

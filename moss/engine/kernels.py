@@ -7,7 +7,8 @@ Why     One source with a C interface builds in seconds and has no tie to a vers
 How     y = library().linear(describe(weight), x)
 
 A build is named by the hash of source, compiler and flags and moved to its place whole, so that neither a second
-process nor another machine with the same home folder can meet a half-written or unfit one.
+process nor another machine with the same home folder can meet a half-written or unfit one. A build that failed leaves
+the reason under its name, so that the next process does not wait for it to fail again.
 """
 
 from __future__ import annotations
@@ -171,29 +172,40 @@ def _library(path: str) -> Library | None:
     flags = [*FLAGS, *(f"-m{flag.replace('_', '')}" for flag in PATHS[path])]
     try:
         return Library(path, _build(compiler, flags))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        note(f"The CPU kernels could not be built ({said[0] if said else error}): PyTorch computes instead, slower.")
+    except OSError as error:
+        note(f"The CPU kernels could not be built ({error}): PyTorch computes instead, slower.")
         return None
 
 
 def _build(compiler: str, flags: list[str]) -> Path:
-    """The shared object of this source, compiler and flags, from the cache folder or made now."""
+    """The shared object of this source, compiler and flags, from the cache folder or made now.
+
+    OSError where it cannot be made, or could not be the last time.
+    """
     program = Path(compiler).resolve()
     stat = program.stat()
     identity = (SOURCE.read_bytes(), program, stat.st_size, stat.st_mtime_ns, flags, platform.machine())
     name = f"kernels-{hashlib.sha256(repr(identity).encode()).hexdigest()[:20]}.so"
     target = cache_folder() / name
+    failed = target.with_suffix(".failed")
+    if failed.exists():
+        raise OSError(f"{failed.read_text(encoding='utf-8')}; to try again, delete {failed}")
     if not target.exists():
         note("Building the CPU kernels: once, a few seconds …")
-        with replacing(target) as beside, tempfile.TemporaryDirectory() as place:
-            part = Path(place) / "kernels.o"
-            # Linked without -fopenmp: the runtime's functions are found in the process, where torch has put them.
-            for command in (
-                [compiler, *flags, "-c", str(SOURCE), "-o", str(part)],
-                [compiler, "-shared", "-Wl,--as-needed", str(part), "-o", str(beside)],
-            ):
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        try:
+            with replacing(target) as beside, tempfile.TemporaryDirectory() as place:
+                part = Path(place) / "kernels.o"
+                # Linked without -fopenmp: the runtime's functions are found in the process, where torch has put them.
+                for command in (
+                    [compiler, *flags, "-c", str(SOURCE), "-o", str(part)],
+                    [compiler, "-shared", "-Wl,--as-needed", str(part), "-o", str(beside)],
+                ):
+                    subprocess.run(command, check=True, capture_output=True, text=True, timeout=BUILD_SECONDS)
+        except subprocess.SubprocessError as error:
+            said = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else ""
+            reason = (said or str(error)).splitlines()[0]
+            failed.write_text(reason, encoding="utf-8")
+            raise OSError(f"{reason}; to try again, delete {failed}") from None
     return target
 
 

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from itertools import zip_longest
 from queue import SimpleQueue
 from typing import Protocol
@@ -95,35 +95,29 @@ class Stream:
         self._tokens.put(None)
 
 
+@dataclass(eq=False)
 class Request:
     """What the worker knows about one stream."""
 
-    def __init__(
-        self,
-        ids: list[int],
-        sampling: Sampling,
-        *,
-        conversation: Hashable | None = None,
-        owner: str = "",
-        grammar: Grammar | None = None,
-        num_top: int = 0,
-        prefix: int = 0,
-        lookup: Lookup | None = None,
-    ) -> None:
-        self.ids = ids  # prompt and answer so far
-        self.sampling = sampling
-        self.conversation, self.owner = conversation, owner
+    ids: list[int]  # prompt and answer so far
+    sampling: Sampling
+    conversation: Hashable | None = None
+    owner: str = ""
+    grammar: InitVar[Grammar | None] = None
+    num_top: int = 0
+    prefix: int = 0  # so many leading ids will open other prompts too
+    lookup: Lookup | None = None
+    slot: Slot | None = None
+    started: bool = False  # whether its prompt is being read
+    seen: Tensor | None = None  # (V,) bool, only with a repetition penalty
+
+    def __post_init__(self, grammar: Grammar | None) -> None:
+        self.stream = Stream(len(self.ids))
         self.following = None if grammar is None else grammar.start()
-        self.num_top = num_top
-        self.prefix = prefix  # so many leading ids will open other prompts too
-        self.lookup = lookup
-        self.stream = Stream(len(ids))
-        self.limit = len(ids) + sampling.max_tokens
-        self.deadline = math.inf if sampling.time_limit is None else time.monotonic() + sampling.time_limit
-        self.random = random.Random(sampling.seed)  # its own numbers, so that neighbours change nothing
-        self.slot: Slot | None = None
-        self.started = False  # whether its prompt is being read
-        self.seen: Tensor | None = None  # (V,) bool, only with a repetition penalty
+        self.limit = len(self.ids) + self.sampling.max_tokens
+        seconds = self.sampling.time_limit
+        self.deadline = math.inf if seconds is None else time.monotonic() + seconds
+        self.random = random.Random(self.sampling.seed)  # its own numbers, so that neighbours change nothing
 
     @property
     def num_new(self) -> int:

@@ -75,13 +75,14 @@ def narrow(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor
         best = logits.topk(min(most, size)).values
         least = best.gather(-1, (top_k.clamp(1, size) - 1)[:, None])
         possible = torch.where(top_k[:, None] > 0, (logits >= least) & (logits > -math.inf), possible)
-    ids = logits.topk(int(possible.sum(-1).max())).indices.sort(-1).values
+    ids = possible.any(0).nonzero()[:, 0].expand(len(logits), -1)
     ordered, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
     kept = possible.gather(-1, ids).gather(-1, order)
     kept &= (torch.arange(ids.shape[-1], device=ids.device) < top_k[:, None]) | (top_k[:, None] == 0)
     probs = logprobs.gather(-1, ids).gather(-1, order).double().exp() * kept
-    probs = torch.where(top_k[:, None] > 0, probs / probs.sum(-1, keepdim=True), probs)
-    before = probs.cumsum(-1) - probs  # probability of all likelier ids
+    upto = probs.cumsum(-1)  # one after the other: zeros of ids that only other rows may choose change nothing
+    before = upto - probs  # probability of all likelier ids
+    before = torch.where(top_k[:, None] > 0, before / upto[:, -1:], before)
     kept &= (before < top_p[:, None]) | (top_p[:, None] >= 1)
     kept[:, 0] = True
     ordered = ordered.masked_fill(~kept, -math.inf)

@@ -64,6 +64,7 @@ class EvalTools:
     data: Path | None = None  # folder with the released sample and GSM8K, for the sets `released` and `gsm8k`
     device: Device = "auto"  # where the model runs; auto takes the GPU where there is one and it gains
     dtype: Dtype = "auto"  # format of the weights; auto takes what fits this machine and the model's size
+    deterministic: bool = False  # the same scores to the last bit in batches of any size
     output: Path | None = option(None, short="-o")  # write all figures to this file as JSON
     records: Path | None = None  # write every question with its answer and verdicts to this file as JSON lines
 
@@ -353,7 +354,7 @@ def main(config: EvalTools) -> int:
     cases = collect(config)
     model, tok = load(config.model, dtype=config.dtype, device=config.device)
     started = time.perf_counter()
-    with Engine(model, slots=config.batch) as engine:
+    with Engine(model, slots=config.batch, deterministic=config.deterministic) as engine:
         results = ask_all(cases, engine, tok, config)
     seconds = time.perf_counter() - started
     judged = [(case, judge(case, seen)) for case, seen in zip(cases, results)]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Generator, Hashable, Iterator, Mapping
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -33,6 +33,7 @@ from moss.chat import (
     TooLong,
     Turn,
     Until,
+    instruction,
     render,
     trim,
 )
@@ -58,6 +59,7 @@ class Submits(Protocol):
         *,
         conversation: Hashable | None = None,
         grammar: Grammar | None = None,
+        prefix: int = 0,
     ) -> Stream: ...
 
     def forget(self, conversation: Hashable) -> None: ...
@@ -239,6 +241,7 @@ class _Turn:
         self.shows_thoughts = switches.get("thoughts", True)
         self.lines = SWITCHES | {key: Switch(tool.switch, tool.api) for key, tool in tools.items()}
         self.conversation: Hashable = object() if options.conversation is None else options.conversation
+        self.prefix = self._prefix()
         self.num_calls = 0
         self.num_passes = 0
         self.usage = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
@@ -260,8 +263,7 @@ class _Turn:
                 until = "results"
         self.turn.reply = done.texts.get("reply", "")
         if not done.ended:
-            why = {"length": "at its longest", "time": "when its time was over"}.get(done.finish, "in the middle")
-            yield Notice(f"the answer was cut {why}")
+            yield cut(done.finish)
         timing = {
             "first_token": self.first_token,
             "tools": self.tool_seconds,
@@ -273,6 +275,13 @@ class _Turn:
         """Whether the model may choose another round. Where roles are text it was never taught to choose."""
         return self.tok.single_roles and len(self.turn.rounds) < self.options.max_rounds
 
+    def _prefix(self) -> int:
+        """How many ids open every conversation with this meta instruction and these switches."""
+        if self.options.form == "base":
+            return 0
+        dialog = self.dialog if self.options.form == "plugin" else dataclasses.replace(self.dialog, switches={})
+        return len(self.tok.encode_again(instruction(dialog, self.lines)))
+
     def _prompt(self, until: Until) -> Generator[Event, None, list[int]]:
         """The ids of the conversation up to `until`; the oldest turns go where it would be too long."""
         reserve = min(self.options.sampling.max_tokens, self.engine.max_length // 4)
@@ -280,8 +289,7 @@ class _Turn:
         form: Any = {"until": until, "switches": self.lines, "form": self.options.form}
         self.dialog, dropped = trim(self.dialog, self.tok, limit, **form)
         if dropped:
-            what = "the oldest turn no longer fits and was" if dropped == 1 else f"the {dropped} oldest turns were"
-            yield Notice(f"{what} left out")
+            yield left_out(dropped)
         return render(self.dialog, self.tok, **form)[0]
 
     def _pass(self, until: Until) -> Generator[Event, None, _Pass]:
@@ -291,7 +299,11 @@ class _Turn:
         parser = StreamParser(self.tok, None if until == "results" else until)
         texts: dict[str, str] = {}
         stream = self.engine.submit(
-            prompt, self._sampling(path.stops), conversation=self.conversation, grammar=self._grammar(until)
+            prompt,
+            self._sampling(path.stops),
+            conversation=self.conversation,
+            grammar=self._grammar(until),
+            prefix=self.prefix,
         )
         try:
             for token in stream:
@@ -358,23 +370,45 @@ class _Turn:
             for index, call in enumerate(calls):
                 yield ToolDone(first + index, call.name, False, error=BROKEN)
             return
-        for index, call in enumerate(calls):
-            if self._runs(index, call):
-                yield ToolStarted(first + index, call.name)
-        outcomes: dict[int, Outcome] = {}
         started = time.perf_counter()
-        for index, outcome in stream_calls(calls, self.tools, self.enabled):
-            outcomes[index] = outcome
-            name, text, error = calls[index].name, outcome.text, outcome.error
-            yield ToolDone(first + index, name, outcome.ok, text, error, outcome.seconds)
+        outcomes = yield from work(calls, self.tools, self.enabled, first)
         if calls:
             self.tool_seconds += time.perf_counter() - started
-            limit = self.engine.max_length // (2 * min(len(calls), MAX_CALLS))  # characters; leaves room for the reply
-            item.results = format_results(calls, [outcomes[i] for i in range(len(calls))], self.tools, limit=limit)
+            limit = result_limit(self.engine.max_length, calls)
+            item.results = format_results(calls, outcomes, self.tools, limit=limit)
 
-    def _runs(self, index: int, call: Call) -> bool:
-        keys = {tool.name: key for key, tool in self.tools.items()}
-        return index < MAX_CALLS and not call.error and keys.get(call.name) in self.enabled
+
+def work(
+    calls: Sequence[Call], tools: Mapping[str, Tool], enabled: Collection[str], first: int
+) -> Generator[Event, None, list[Outcome]]:
+    """Run the calls of a round side by side; `first` is the number of the first. Returns what became of each."""
+    names = {tools[key].name for key in enabled if key in tools}
+    for index, call in enumerate(calls[:MAX_CALLS]):
+        if not call.error and call.name in names:
+            yield ToolStarted(first + index, call.name)
+    outcomes: dict[int, Outcome] = {}
+    for index, outcome in stream_calls(calls, tools, enabled):
+        outcomes[index] = outcome
+        name, text, error = calls[index].name, outcome.text, outcome.error
+        yield ToolDone(first + index, name, outcome.ok, text, error, outcome.seconds)
+    return [outcomes[index] for index in range(len(calls))]
+
+
+def result_limit(max_length: int, calls: Sequence[Call]) -> int:
+    """Characters of each result that the model reads; leaves room for the reply."""
+    return max_length // (2 * max(1, min(len(calls), MAX_CALLS)))
+
+
+def left_out(turns: int) -> Notice:
+    """What the user is told where old turns did not fit."""
+    what = "the oldest turn no longer fits and was" if turns == 1 else f"the {turns} oldest turns were"
+    return Notice(f"{what} left out")
+
+
+def cut(finish: str) -> Notice:
+    """What the user is told where an answer did not come to its end."""
+    why = {"length": "at its longest", "time": "when its time was over"}.get(finish, "in the middle")
+    return Notice(f"the answer was cut {why}")
 
 
 class _Path:

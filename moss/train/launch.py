@@ -13,6 +13,7 @@ The folder `--out` then holds `log.jsonl`, the newest checkpoints `step-N/`, and
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -182,7 +183,7 @@ def train(
         state = loop.run(model, batches, loss_fn, optimizer, schedule, **settings)
     if state.step < steps:
         note(f"{stop.asked}: step {state.step} of {steps} is saved in {config.out}; --resume goes on from there")
-        return 0
+        return 128 + signal.Signals[stop.asked]
     checkpoint.export(config.out, model=model, tokenizer=tokenizer, info=info | {"loop": state.to_json()})
     print(config.out)
     return 0

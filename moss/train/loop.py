@@ -93,7 +93,7 @@ class Stop:
         if number == signal.SIGINT and (self.asked or not self._training):
             raise KeyboardInterrupt
         if not self._training:
-            raise SystemExit(0)  # nothing has been trained that could be lost
+            raise SystemExit(128 + number)  # nothing has been trained that could be lost
         self.asked = name
         os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C to quit without saving)\n".encode())
 
