@@ -2,8 +2,8 @@
 
 A *family* is one way people say a thing (a phrasing with slots); its values are drawn anew each time. Two
 groups never reach training: whole families (`held_out`), and single questions of the other families
-(`reserved`), so that evaluation can ask known families with new values. Both follow from hashes alone,
-never from order or from a list that could go stale.
+(`reserved`), so that evaluation can ask known families with new values. Both follow from hashes alone; a
+family's name ends in its place in its list, so that new phrasings go to the end of a list.
 """
 
 from __future__ import annotations

@@ -3,8 +3,7 @@
 Half of them are language (stories, letters, facts in prose, lists, sentence pairs, code), half drill what tool
 calls need later: copying numbers exactly, saying numbers in words, and writing "a third of 24" as 24/3; some say which
 acts are dangerous and which are not. All of it is composed from `material/text.toml`, the fact base, the lists and the
-acts of `harmful.toml` and `lookalike.toml`; nothing of the conversation phrasings appears here, so held-out families
-stay unseen.
+acts of `harmful.toml` and `lookalike.toml`; of the conversations' phrasings nothing appears here but these acts.
 
     next(documents(seed=1, lang="zh"))
 """
