@@ -48,7 +48,8 @@ clean:  ## remove the environment and everything that was built or trained into 
 # A stamp a set of packages: made again when the requirements change.
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "MOSS needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.12" % sys.version_info[:2])'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV) \
+	  || { echo "$(VENV) cannot be made; on Debian and Ubuntu: sudo apt install python3-venv, then again" >&2; exit 1; }
 	@echo "Setting up .venv: once, some minutes"
 	@$(BIN)/pip install --quiet --no-index --no-deps "$(TORCH)" 2>/dev/null \
 	  || $(BIN)/pip install --quiet --no-deps $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") "$(TORCH)"

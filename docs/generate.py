@@ -30,7 +30,8 @@ def commands_page() -> str:
         "`moss --help` lists the commands; `moss COMMAND --help` prints what stands here. Every command takes"
         " `--config FILE`, a JSON or YAML file with values for its flags (names with `_` for `-`); flags on the"
         " command line win over it. Exit codes: 0 success, 1 an error in the input or the system, said in one line"
-        " on standard error, 2 bad usage, 130 stopped with Ctrl-C, 143 by SIGTERM.\n",
+        " on standard error, 2 bad usage, 130 stopped with Ctrl-C, 141 the reader of the output has left (as `head`"
+        " does), 143 stopped by SIGTERM.\n",
     ]
     for verb, target in VERBS.items():
         command, _ = find(target)

@@ -5,7 +5,7 @@ imported only when its verb runs, so `moss --help` needs neither torch nor a par
 the first line of its dataclass's docstring, read from the source.
 
 Exit codes: 0 success, 1 an error in the input or the system (one line on standard error), 2 bad usage, 130 Ctrl-C,
-143 SIGTERM; a training that was stopped has saved its last step.
+141 the reader of the output has left, 143 SIGTERM; a training that was stopped has saved its last step.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import ast
 import difflib
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from moss import __version__
 from moss.errors import UsageError, one_line
@@ -36,9 +38,13 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code; never a traceback for what a user can mend."""
+    """Run one command and return its exit code; never a traceback for what a user can mend.
+
+    SIGTERM ends it as `sys.exit` would, so that half-written files go. To be called from the main thread.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     name = "moss"
+    before = signal.signal(signal.SIGTERM, _end)
     try:
         words, rest = split_verb(argv)
         if words not in VERBS:
@@ -48,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `moss … | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -55,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def split_verb(argv: Sequence[str]) -> tuple[str, list[str]]:
@@ -81,6 +90,11 @@ def summary(target: str) -> str:
         if isinstance(node, ast.ClassDef) and node.name == class_name:
             return (ast.get_docstring(node) or "").split("\n")[0]
     raise ValueError(f"{path} has no class {class_name}")
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """A signal as an exception, which runs every `finally` on its way."""
+    raise SystemExit(128 + number)
 
 
 def _run(words: str, rest: list[str]) -> int:

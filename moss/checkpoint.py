@@ -10,7 +10,8 @@ A run's folder holds `step-000120/` for each checkpoint that is kept:
 Everything is written into a hidden folder beside, synced to disk, and published by one rename; so a kill or a full
 disk at any moment leaves the earlier checkpoints as they were. Reading takes the newest step whose manifest holds;
 others are reported with the reason and passed over, never deleted. `export` writes what a stage is for, the finished
-model, into the run's folder itself, in the same way but file by file with `moss.json` last.
+model, into the run's folder itself, in the same way but file by file with `moss.json` last; that one has the weights'
+sha256 too (`weights_sha256`), which `check_weights` looks at.
 
 Two runs cannot share a folder: `lock` holds `.lock` (an advisory lock that dies with the process, even under kill -9).
 """
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import pickle
@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from moss.files import sha256
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
 from moss.weights import save_model
@@ -43,6 +44,7 @@ STATE = ("optimizer", "rng")  # what state.pt must hold
 INFO = ("format", "stage", "model", "tokenizer_sha256", "run", "loop", "data")  # what moss.json must hold
 KEEP = 2  # whole checkpoints that a run's folder holds; never fewer
 ROOM = 1.05  # free space asked for before saving, as a multiple of what will be written
+CHECKED = 10**9  # bytes of weights up to which they are read once more to see that they are whole
 LEFT_OVER = (".step-*.tmp", ".final.tmp")  # what a kill while writing leaves; nobody else has such names
 
 Report = Callable[[str], None]
@@ -117,13 +119,13 @@ def check(path: Path) -> None:
     for name in FILES:
         if name not in listed:
             raise ValueError(f"manifest.json does not list {name}")
-    for name, (size, sha256) in listed.items():
+    for name, (size, expected) in listed.items():
         file = path / name
         if not file.is_file():
             raise ValueError(f"{name} is missing")
         if file.stat().st_size != size:
             raise ValueError(f"{name} has {file.stat().st_size} bytes instead of {size}")
-        if _sha256(file) != sha256:
+        if sha256(file) != expected:
             raise ValueError(f"{name} is damaged (its sha256 differs)")
 
 
@@ -226,7 +228,8 @@ def export(folder: Path, *, model: Decoder, tokenizer: Tokenizer, info: dict[str
     with _filling(fresh, folder):
         save_model(model, fresh, dtype=torch.bfloat16, eos=tokenizer.eos)
         tokenizer.save(fresh)
-        _write_json(fresh / "moss.json", {"format": FORMAT, **info})
+        told = {"format": FORMAT, **info, "weights_sha256": sha256(fresh / "model.safetensors")}
+        _write_json(fresh / "moss.json", told)
         for file in fresh.iterdir():
             _sync(file)
     (folder / "moss.json").unlink(missing_ok=True)
@@ -234,6 +237,20 @@ def export(folder: Path, *, model: Decoder, tokenizer: Tokenizer, info: dict[str
         file.replace(folder / file.name)
     fresh.rmdir()
     _sync(folder)
+
+
+def check_weights(folder: Path, info: dict[str, Any]) -> None:
+    """ValueError where a finished model's weights are not those that `info`, its `moss.json`, was written for.
+
+    Taken as they are: weights of more than `CHECKED` bytes, where reading them twice would take seconds, and those
+    of a model that says nothing about them.
+    """
+    file = folder / "model.safetensors"
+    expected = info.get("weights_sha256")
+    if expected is None or not file.is_file() or file.stat().st_size > CHECKED:
+        return
+    if sha256(file) != expected:
+        raise ValueError(f"{file} is damaged (its sha256 is not the one in moss.json); copy the model again")
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
@@ -252,7 +269,7 @@ def _add_manifest(folder: Path) -> None:
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         _sync(file)
-        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     _write_json(folder / "manifest.json", {"format": FORMAT, "files": files})
     _sync(folder / "manifest.json")
     for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
@@ -270,11 +287,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

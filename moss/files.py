@@ -1,13 +1,15 @@
-"""Files that are written whole or not at all, and small JSON files that may be broken.
+"""Files that are written whole or not at all, what tells a damaged one, and small JSON files that may be broken.
 
 with replacing(Path("out/model.json")) as beside:
     beside.write_text(text, encoding="utf-8")
 settings = json_object(Path("out/model.json"))
+same = sha256(Path("out/model.safetensors")) == settings["weights_sha256"]
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -38,6 +40,12 @@ def replacing(target: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # on a disk that became read-only it cannot be removed either
             beside.unlink(missing_ok=True)
+
+
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def json_object(file: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from moss.checkpoint import FORMAT, check_weights
 from moss.engine.quant import WIDTHS, QuantLinear, load_quantized
 from moss.files import json_object
 from moss.model import Decoder, ModelConfig, num_parameters
@@ -36,13 +37,13 @@ def load(
 ) -> tuple[Decoder, Tokenizer]:
     """The chat model in a folder (None: the bundled one) with its tokenizer; for `auto` see `choose`.
 
-    ValueError where there is no model, a file is broken, the tokenizer is another model's, or it lacks the markers of
-    the chat format.
+    ValueError where there is no model, a file is broken (weights of more than a gigabyte are not read for that alone,
+    see `checkpoint.check_weights`), the tokenizer is another model's, or it lacks the markers of the chat format.
     """
     folder = locate(model)
     tok = load_tokenizer(folder)
     require_markers(tok)
-    _check_sha(folder, tok)
+    _check_record(folder, tok)
     config = read_config(folder)
     if tok.vocab_size > config.vocab_size:
         raise ValueError(
@@ -156,17 +157,22 @@ def stage(model: str | Path | None = None) -> str | None:
     return None if model is not None and on_server(model) else _record(locate(model)).get("stage")
 
 
-def _check_sha(folder: Path, tok: Tokenizer) -> None:
-    """A model that we trained says which tokenizer it was trained with; another one would give nonsense."""
-    expected = _record(folder).get("tokenizer_sha256")
+def _check_record(folder: Path, tok: Tokenizer) -> None:
+    """A model that we trained says which tokenizer and weights are its own; others would give nonsense."""
+    record = _record(folder)
+    expected = record.get("tokenizer_sha256")
     if expected is not None and expected != tok.sha256:
         raise ValueError(
             f"{folder}: tokenizer.json is not the one this model was trained with (sha256 {tok.sha256[:12]}, "
             f"not {str(expected)[:12]}); copy the one that belongs to the weights"
         )
+    check_weights(folder, record)
 
 
 def _record(folder: Path) -> dict[str, Any]:
     """What training wrote down beside a model of ours; empty for one from elsewhere."""
     path = folder / "moss.json"
-    return json_object(path) if path.is_file() else {}
+    record = json_object(path) if path.is_file() else {}
+    if record.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{path} is not of format {FORMAT}; use the version of moss that wrote it")
+    return record

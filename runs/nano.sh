@@ -71,9 +71,10 @@ stage() {
   echo "== $name"
   "$@" || {
     local code=$?
-    [ $code -le 128 ] || fail "stopped in $name; the same command goes on from there" $code
+    [ $code -ne 130 ] && [ $code -ne 143 ] || fail "stopped in $name; the same command goes on from there" $code
     exit $code
   }
+  [ -e "$result" ] || fail "$name ended without $result"
   echo "== $name: $((SECONDS - began)) s, $((SECONDS - STARTED)) s in all"
 }
 

@@ -225,6 +225,21 @@ def test_export_is_a_model_of_its_own(tmp_path: Path, model: Decoder, tokenizer:
     assert 2 * sum(p.numel() for p in model.parameters()) <= (tmp_path / "model.safetensors").stat().st_size < 2.2e6
 
 
+def test_damaged_weights_of_a_finished_model_are_told(
+    tmp_path: Path, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a model of the right size that chats nonsense, or is trained further, without a word."""
+    checkpoint.export(tmp_path, model=model, tokenizer=tokenizer, info=INFO)
+    info = checkpoint.read_info(tmp_path)
+    checkpoint.check_weights(tmp_path, info)
+    flip(tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        checkpoint.check_weights(tmp_path, info)
+    checkpoint.check_weights(tmp_path, {"format": 1, **INFO})  # one that was made before this was written down
+    monkeypatch.setattr(checkpoint, "CHECKED", 1000)
+    checkpoint.check_weights(tmp_path, info)
+
+
 def test_an_export_that_fails_leaves_what_was_there(
     tmp_path: Path, model: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +260,7 @@ def test_an_export_that_fails_leaves_what_was_there(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(checkpoint, "save_model", lambda *_, **__: patch.setattr(Path, "replace", killed))
+        patch.setattr(checkpoint, "sha256", lambda file: "")
         patch.setattr(tokenizer.__class__, "save", lambda *_: None)
         checkpoint.export(tmp_path, model=model, tokenizer=tokenizer, info=INFO)
     assert not (tmp_path / "moss.json").exists()  # so that nothing takes the rest for a finished model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,12 +33,23 @@ def main(config):
         raise KeyboardInterrupt
     if config.what == "bug":
         raise RuntimeError("a defect of ours")
+    if config.what == "wait":
+        import pathlib, time
+        from moss.files import replacing
+        with replacing(pathlib.Path("out.txt")):
+            print("writing", flush=True)
+            time.sleep(60)
     if config.what == "pipe":
         for number in range(100_000):
             print(number)
     print("done")
     return 0
 '''
+
+RUN_PROBE = (
+    "import sys; from moss import __main__ as cli; cli.VERBS = {'probe': 'moss_probe:Probe'};"
+    "sys.exit(cli.main(['probe', '--what', sys.argv[1]]))"
+)
 
 
 @pytest.fixture
@@ -65,7 +77,7 @@ def test_success_is_zero(probe: None, capsys: pytest.CaptureFixture[str]):
     [
         ("value", 1, "moss probe: the bad value is 3; use 4\n"),
         ("file", 1, "moss probe: /nowhere/at/all: No such file or directory\n"),
-        ("stop", 130, ""),
+        ("stop", 130, "moss probe: stopped\n"),
     ],
 )
 def test_errors_are_one_line_on_standard_error(
@@ -82,6 +94,58 @@ def test_an_error_names_the_file_to_be_made_and_cannot_steer_the_terminal():
     assert one_line(IsADirectoryError(21, "Is a directory", "a/.out.part", None, "a/out")) == "a/out: Is a directory"
     assert one_line(ValueError("no \x1b]0;owned\x07\n key")) == "no \u241b]0;owned\u2407 key"
     assert one_line(ValueError()) == "ValueError"
+
+
+def test_sigterm_leaves_no_half_written_file(tmp_path: Path):
+    """`kill` left `.out.txt.123.tmp` beside every file that was being written."""
+    (tmp_path / "moss_probe.py").write_text(PROBE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN_PROBE, "wait"],
+        env={"PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parent.parent}"},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    assert list(tmp_path.glob(".out.txt.*.tmp"))
+    process.terminate()
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 143
+    assert not list(tmp_path.glob("*out.txt*"))
+
+
+def test_a_program_that_calls_main_keeps_its_own_handler(probe: None):
+    """A notebook that runs a command must not be ended differently ever after."""
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["probe"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "data curriculum --n 0",
+        "train tokenizer",
+        "train sft --data x.jsonl --steps -1",
+        "train pretrain --data x.jsonl --depth 0",
+        "train pretrain --data x.jsonl --max-length 0",
+        "train pretrain",
+        "eval tools --sets foo",
+        "eval tools --langs fr",
+        "eval tools --n 0",
+    ],
+)
+def test_values_that_no_run_could_take_are_bad_usage(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """These said 1, as for a file that is not there: a script then tries the same command again."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.jsonl").write_text("{}\n")
+    assert cli.main(line.split()) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 def test_defects_are_not_hidden(probe: None):
@@ -156,12 +220,8 @@ def test_chat_imports_no_library_it_does_not_need():
 def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path):
     """`moss … | head -1` printed a BrokenPipeError traceback."""
     (tmp_path / "moss_probe.py").write_text(PROBE)
-    code = (
-        "import sys; from moss import __main__ as cli; cli.VERBS = {'probe': 'moss_probe:Probe'};"
-        "sys.exit(cli.main(['probe', '--what', 'pipe']))"
-    )
     process = subprocess.Popen(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", RUN_PROBE, "pipe"],
         env={"PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parent.parent}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

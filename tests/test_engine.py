@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import torch
 
 from moss.engine import RELEASED, Engine, EngineError, QueueFull, Sampling, Stream
 from moss.engine import engine as engine_module
+from moss.engine.cache import Cache
 from moss.model import Decoder
 from tests.fakes import toy_model
 from tests.test_sample import reference
@@ -149,6 +152,23 @@ def test_queue_is_bounded_and_has_places(model: Decoder) -> None:
         assert len(ids_of(engine.submit([1, 2], greedy(2)))) == 2
 
 
+def test_free_rows_take_a_burst(model: Decoder) -> None:
+    """With all rows free the fifth of a quick burst was refused, because the worker had not yet taken the first."""
+    gate = threading.Event()
+    with Engine(model, slots=3, queue=2) as engine:
+        engine.runner = Recorder(model, gate.wait)
+        for _ in range(2):  # a row that is given back counts again
+            burst = [engine.submit([1, 2], greedy(2)) for _ in range(5)]
+            with pytest.raises(QueueFull):
+                engine.submit([1, 2], greedy(2))
+            burst.pop().cancel()
+            gate.set()
+            assert [len(ids_of(stream)) for stream in burst] == [2] * 4
+            while engine._waiting:
+                time.sleep(0.001)
+            gate.clear()
+
+
 def test_owners_take_turns(model: Decoder) -> None:
     """One owner's fifty questions must not keep another one's single question waiting behind them."""
     open_gate = threading.Event()
@@ -270,8 +290,8 @@ def test_seed_decides(model: Decoder, engine: Engine) -> None:
 def test_repetition_penalty_covers_prompt_and_answer(model: Decoder, engine: Engine) -> None:
     """With an enormous penalty nothing of the prompt and nothing said may come back."""
     start = prompt(1, 10)
-    got = ids_of(engine.submit(start, greedy(40, repetition_penalty=1e9)))
-    # A negative logit times 1e9 is below any other; a positive one becomes about zero: both lose to fresh ids
+    got = ids_of(engine.submit(start, greedy(40, repetition_penalty=100)))
+    # A negative logit times 100 is below any other; a positive one becomes about zero: both lose to fresh ids
     # with positive logits, of which the toy model has dozens.
     assert len(set(got)) == len(got) and not set(got) & set(start)
 
@@ -323,6 +343,56 @@ def test_grammar_masks_its_own_request(model: Decoder, engine: Engine) -> None:
         with pytest.raises(EngineError, match="allows no token"):
             ids_of(stuck)
     assert ids_of(engine.submit(start, greedy(9))) == naive(model, start, 9)
+
+
+class Faulty(Alternating):
+    """A grammar that goes wrong at its second id, in a way of its own."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def start(self) -> Faulty:
+        return Faulty(self.fault)
+
+    def mask(self) -> torch.Tensor:
+        if not self.said:
+            return torch.ones(VOCAB, dtype=torch.bool)
+        if self.fault == "mask":
+            raise ValueError("no such state")
+        return torch.tensor([False] * (VOCAB - 9 if self.fault == "short" else VOCAB) + [True] * (self.fault == "long"))
+
+    def advance(self, id: int) -> None:
+        super().advance(id)
+        if self.fault == "advance":
+            raise ValueError("no such state")
+
+
+@pytest.mark.parametrize("fault", ["mask", "advance", "short", "long"])
+def test_faulty_grammar_ends_its_own_request(model: Decoder, engine: Engine, fault: str) -> None:
+    """An error in one user's grammar was raised at every user's stream."""
+    innocent = engine.submit(prompt(1, 10), greedy(60))
+    faulty = [engine.submit(prompt(seed, 5), greedy(9), grammar=Faulty(fault)) for seed in range(9)]
+    for stream in faulty:
+        with pytest.raises(
+            EngineError, match="no such state" if fault in ("mask", "advance") else "no token to follow"
+        ):
+            ids_of(stream)
+    assert ids_of(innocent) == naive(model, prompt(1, 10), 60)
+
+
+def test_extreme_settings_harm_no_neighbour(model: Decoder, engine: Engine) -> None:
+    """What is just allowed must not overflow: the error would end the requests beside it, too."""
+    innocent = engine.submit(prompt(1, 10), greedy(60))
+    extremes: list[dict[str, Any]] = [
+        {"repetition_penalty": 0.01}, {"repetition_penalty": 100}, {"top_k": 2**31 - 1}, {"length_start": 2**31 - 1},
+        {"length_penalty": 100, "length_start": 0}, {"length_penalty": 0.01, "length_start": 0}, {"top_p": 5e-324},
+        {"temperature": 100}, {"temperature": 1e-6}, {"max_tokens": 10**30},
+    ]  # fmt: skip
+    values = {"length_penalty": 2.0, "max_tokens": 20, "stop_ids": frozenset({3}), "seed": 1}
+    for stream in [engine.submit(prompt(2, 10), Sampling(**values | extreme)) for extreme in extremes]:
+        assert ids_of(stream)
+    assert ids_of(innocent) == naive(model, prompt(1, 10), 60)
 
 
 def test_logprobs(model: Decoder, engine: Engine) -> None:
@@ -387,6 +457,36 @@ def test_close_ends_streams(model: Decoder) -> None:
     assert stream.finish == "cancelled"
     with pytest.raises(EngineError, match="closed"):
         engine.submit([1], greedy(1))
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_close_frees_the_model(used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed engine that somebody still holds kept the model, and made itself a cache that nobody would use."""
+    made: list[int] = []
+    monkeypatch.setattr(engine_module, "Cache", lambda *a, **k: made.append(1) or Cache(*a, **k))
+    engine = Engine(toy_model(), slots=1)
+    held = [weakref.ref(part) for part in (engine.model, engine.runner, engine._cache)]
+    if used:
+        engine.submit([1, 2], greedy(500))
+    for _ in range(2):
+        engine.close()
+    gc.collect()
+    assert [part() for part in held] == [None] * 3 and made == [1]
+    for call in (lambda: engine.submit([1], greedy(1)), lambda: engine.score([1, 2])):
+        with pytest.raises(EngineError, match="closed"):
+            call()
+
+
+def test_dropped_engine_ends() -> None:
+    """An engine that nobody holds lived on in its thread, model and all; what it was asked before, it still answers."""
+    engine = Engine(toy_model(), slots=1)
+    held, stream = weakref.ref(engine.model), engine.submit([1, 2], greedy(40))
+    thread = engine._thread
+    del engine
+    assert thread is not None and len(ids_of(stream)) == 40
+    thread.join(10)
+    gc.collect()
+    assert held() is None and not thread.is_alive()
 
 
 def test_program_exits_while_a_request_runs() -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and what tells a damaged one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moss.files import replacing
+from moss.files import replacing, sha256
 
 
 def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
@@ -21,6 +21,12 @@ def test_the_old_file_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     with replacing(target) as file:
         file.write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and target.read_text() == "new"
+
+
+def test_sha256_is_the_published_one(tmp_path: Path) -> None:
+    """The example of FIPS 180-2, so that another program can check our files."""
+    (tmp_path / "abc").write_bytes(b"abc")
+    assert sha256(tmp_path / "abc") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_errors_name_the_file_that_was_wanted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -195,6 +195,17 @@ def test_a_cache_folder_that_cannot_be_made(fresh: Path, monkeypatch: pytest.Mon
     assert not folder.is_relative_to(fresh)
 
 
+def test_a_user_without_a_home_folder(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    """Containers often run as a user that nobody knows; the chat must start there, too."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(kernels.Path, "home", nowhere)
+    assert kernels.cache_folder().is_dir()
+
+
 def test_an_unknown_path_is_refused():
     """A mistyped path must not silently be another one."""
     with pytest.raises(ValueError, match="no path 'avx1024'"):

@@ -7,8 +7,8 @@ import random
 import pytest
 import torch
 
-from moss.engine import Engine, Sampling, Stream, lookup
-from moss.engine.lookup import DRAFT, PAUSE, TRIALS, Lookup
+from moss.engine import Engine, Sampling, Stream, engine, lookup
+from moss.engine.lookup import DRAFT, PAUSE, TRIALS, Account, Lookup
 from moss.model import Decoder
 from tests.fakes import toy_model
 
@@ -48,6 +48,20 @@ def test_pauses_where_it_loses() -> None:
     while pause(DRAFT):
         pass
     assert [pause(DRAFT) for _ in range(3)] == [0, 0, 0]
+
+
+def test_the_next_request_knows_what_the_last_one_learnt() -> None:
+    """Every pass of every turn paid for trials of its own before it saw that drafts lose."""
+    account, text = Account(), [6, 7, 6, 7, 6, 7]
+    tried = []
+    for _ in range(3):
+        drafts = Lookup(account)
+        drafts.stepped(1.0)
+        tried.append(0)
+        while drafts.propose(text, 9):
+            drafts.passed(0, 3.0)
+            tried[-1] += 1
+    assert tried == [TRIALS, 1, 1]
 
 
 def test_a_step_is_measured_before_drafts_are_judged() -> None:
@@ -128,6 +142,16 @@ class Parrot(torch.nn.Module):
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         following = [self.text[self.text.index(int(id)) + 1] for id in hidden[:, 0]]
         return 10 * torch.nn.functional.one_hot(torch.tensor(following), VOCAB).float()
+
+
+def test_requests_of_an_engine_share_their_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of a few words never end the trials that each of them begins anew."""
+    accounts: list[Account] = []
+    monkeypatch.setattr(engine, "Lookup", lambda account: accounts.append(account) or Lookup(account))
+    with Engine(toy_model(), slots=1) as shared:
+        for _ in range(2):
+            list(shared.submit([1, 2, 3] * 5, Sampling(temperature=0, max_tokens=4)))
+    assert accounts[0] is accounts[1] and accounts[0].step > 0
 
 
 def test_copying_takes_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:

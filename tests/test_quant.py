@@ -69,18 +69,23 @@ def test_weights_are_within_half_a_step(width: str, cols: int, path: str, monkey
 def test_few_tokens_many_tokens_and_no_kernels_agree(width: str, monkeypatch: pytest.MonkeyPatch):
     """The prompt is read by one way and answered by the other; a bias forgotten in one of them would not crash."""
     layer = QuantLinear(weight_of(70, 300), torch.randn(70), width)
-    x = torch.randn(2, 20, 300, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 70, 300, generator=torch.Generator().manual_seed(0))
     exact = x @ layer.dequantize().T + layer.bias
     many = layer(x)
-    few = torch.stack([layer(x[:, column]) for column in range(20)], 1)
+    few = torch.stack([layer(x[:, column]) for column in range(70)], 1)
     assert many.shape == exact.shape
     assert (many - exact).norm() / exact.norm() < 0.005  # bfloat16 product
     assert (few - exact).norm() / exact.norm() < 0.01  # activations of 8 bits
+    for path in paths():
+        monkeypatch.setattr(quant, "library", lambda path=path: library(path))
+        monkeypatch.setitem(quant.MANY, path, 40)  # pieces, the last of them not whole, are joined in order
+        pieces = layer(x[:, :20])
+        assert torch.equal(pieces, torch.stack([layer(x[:, column]) for column in range(20)], 1))
     monkeypatch.setattr(quant, "library", lambda: None)
     alone = layer(x[:, 0])
     assert (alone - exact[:, 0]).norm() / exact.norm() < 0.005
     assert layer(x.bfloat16()).dtype == torch.bfloat16
-    assert layer(x[:0]).shape == (0, 20, 70)
+    assert layer(x[:0]).shape == (0, 70, 70)
 
 
 @pytest.mark.parametrize(("width", "bits", "error"), [("int8", 8.0, 0.008), ("int4", 4.25, 0.1)])

@@ -15,6 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
 
 from moss import resolve
+from moss.checkpoint import export
+from moss.files import sha256
 from moss.model import ModelConfig, num_parameters
 from moss.resolve import choose, dtype_of, load, locate, num_bytes
 from moss.tokenizer import Tokenizer, train
@@ -96,6 +98,31 @@ def test_models_that_cannot_talk_are_refused_with_what_to_do(folder: Path, tmp_p
     assert "model.safetensors" in refusal(folder)
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer.json" in refusal(folder)
+
+
+def test_a_damaged_model_of_ours_is_refused(tmp_path: Path, tok: Tokenizer):
+    """4 MB of zeros amid the weights gave a chat of garbage, without a word; another format was read as if ours."""
+    folder = tmp_path / "ours"
+    info = {"stage": "sft", "tokenizer_sha256": tok.sha256}
+    folder.mkdir()
+    export(folder, model=toy_model(vocab_size=tok.vocab_size), tokenizer=tok, info=info)
+    load(folder)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-4000] + bytes(4000))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        load(folder)
+    weights.write_bytes(whole)
+    (folder / "moss.json").write_text(json.dumps({"format": 9}))
+    for reader in (load, resolve.stage):
+        with pytest.raises(ValueError, match="is not of format 1"):
+            reader(folder)
+
+
+def test_the_bundled_model_is_whole():
+    """A model that is bundled anew without its `moss.json` would be refused by every command."""
+    record = json.loads((locate() / "moss.json").read_text(encoding="utf-8"))
+    assert record["weights_sha256"] == sha256(locate() / "model.safetensors")
 
 
 def test_a_model_without_chat_markers_is_refused(folder: Path):

@@ -300,6 +300,16 @@ def test_old_turns_are_left_out(tok: Tokenizer) -> None:
     assert len(long.turns) == 3  # the caller's conversation is untouched
 
 
+def test_an_empty_reply_is_told(tok: Tokenizer) -> None:
+    """A model that ends its reply at once left the user before an empty line; one that was cut says that alone."""
+    events, _ = run(tok, NOTHING, " <eom>")
+    assert [e.type for e in events] == ["notice", "done"] and "gave no reply" in said(events, Notice)
+    events, _ = run(tok, NOTHING, " ")
+    assert "cut" in said(events, Notice) and "gave no reply" not in said(events, Notice)
+    events, _ = run(tok, NOTHING, SAY)
+    assert said(events, Notice) == ""
+
+
 def test_question_that_never_fits(tok: Tokenizer) -> None:
     """One clear error instead of an exception through the terminal; nothing follows it."""
     events, engine = run(tok, max_length=40)

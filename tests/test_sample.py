@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 
+from moss.engine import sample
 from moss.engine.sample import RELEASED, Plan, Sampling, draw, logprobs_of, narrow, penalize, urge
 
 
@@ -148,6 +149,28 @@ def test_narrow_sorts_enough() -> None:
             assert alone[0][alone[1].isfinite()].tolist() == want.sort().values.tolist()
 
 
+def test_narrow_keeps_one_of_equals() -> None:
+    """Where all ids are alike, rounding put each of them below what top-p asked for, and nothing was left."""
+    ids, left = narrow(torch.zeros(1, 2048), torch.tensor([0]), torch.tensor([1e-9], dtype=torch.float64))
+    assert ids[left.isfinite()].tolist() == [0]
+
+
+def test_neighbours_do_not_widen_what_is_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A greedy or an unfiltered row made the rows beside it sort the whole vocabulary at each step."""
+    sizes: list[tuple[int, ...]] = []
+
+    def watched(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        sizes.append(narrow(*tensors)[0].shape)
+        return narrow(*tensors)
+
+    monkeypatch.setattr(sample, "narrow", watched)
+    logits = 8 * torch.randn(5, 5000, generator=torch.Generator().manual_seed(0))
+    mixed = [Sampling(), Sampling(top_p=0.8), Sampling(temperature=0), Sampling(top_p=0.9), Sampling(temperature=0)]
+    Plan(mixed).choose(logits, None, [0.5] * 5)
+    Plan([mixed[1], mixed[3]]).choose(logits[[1, 3]], None, [0.5] * 2)
+    assert sizes[0] == sizes[1] and sizes[0][1] < 2500
+
+
 def test_draw_follows_the_distribution() -> None:
     """Uniform numbers in [0, .25) give id 0, [.25, .75) id 1, the rest id 3; id 2 is impossible."""
     logits = torch.tensor([[0.25, 0.5, 0.0, 0.25]]).log().expand(6, -1)
@@ -187,7 +210,8 @@ def test_logprobs_do_not_depend_on_the_batch() -> None:
     [
         {"temperature": -1}, {"temperature": math.nan}, {"temperature": math.inf}, {"top_p": 0}, {"top_p": 1.1},
         {"top_k": -1}, {"repetition_penalty": 0}, {"max_tokens": 0}, {"time_limit": 0}, {"length_penalty": 0},
-        {"length_start": -1},
+        {"length_start": -1}, {"repetition_penalty": 1e-39}, {"length_penalty": 1e39}, {"top_k": 10**30},
+        {"length_start": 10**30}, {"temperature": 1e39},
     ],
 )  # fmt: skip
 def test_bad_settings_are_named(bad: dict) -> None:

@@ -394,6 +394,16 @@ def test_nothing_can_be_asked_after_close(folder: Path):
         chat.ask("hello")
 
 
+def test_close_frees_the_model(folder: Path):
+    """A closed chat kept its model for as long as anybody kept the chat."""
+    chat = moss.load(folder, max_tokens=4)
+    chat.ask("hello")
+    model = weakref.ref(chat.engine.model)
+    chat.close()
+    gc.collect()
+    assert model() is None
+
+
 def test_a_chat_that_is_dropped_frees_its_model(folder: Path):
     """`chat = moss.load(…)` run twice in a notebook would keep both models, and a thread for each."""
     chat = moss.load(folder, max_tokens=4)

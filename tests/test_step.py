@@ -110,6 +110,23 @@ def test_step_equals_decoder(name: str, path: str, starts: list[int], num_new: i
 
 
 @pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("name", ["llama", "moss"])
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_wait_for_each_other(threads: int, name: str, path: str):
+    """Who reads what another thread has not written yet gives wrong numbers, and not every time."""
+    model = make(name, num_layers=4, hidden=192, ffn=768)  # work enough that it is shared
+    fast, before = runner(model, path), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for _ in range(5):
+            (hidden, logits, _), (fast_hidden, fast_logits, _) = both(model, fast, [9, 64, 0, 3], 4)
+            assert distance(fast_hidden, hidden) < 3e-6
+            assert distance(fast_logits, logits) < 3e-6
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("path", paths())
 @pytest.mark.parametrize("name", ["grouped", "partial"])
 def test_step_in_bfloat16(name: str, path: str):
     """Weights and cache in bfloat16: within its rounding of the decoder, which also rounds between operations."""

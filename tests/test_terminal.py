@@ -66,6 +66,13 @@ def test_a_tool_that_fails_says_why(tok: Tokenizer):
     assert 'Calculate("0/0") has no result: division by zero; change the divisor' in shown.getvalue()
 
 
+def test_an_empty_reply_is_told(tok: Tokenizer):
+    """The user saw nothing at all and could not know whether the program still worked."""
+    chat, screen, shown = talk(tok, PLAIN, " <eom>")
+    answer_line(chat, screen, "Hi")
+    assert "the model gave no reply; ask in another way" in shown.getvalue()
+
+
 def test_model_and_tool_text_cannot_steer_the_terminal(tok: Tokenizer):
     """An escape sequence in a reply could clear the screen, or rename the window; markup could hide text."""
     chat, screen, shown = talk(tok, PLAIN, " a\x1b[2Jb\x9bc\x07 [red]d[/red]<eom>")

@@ -316,7 +316,7 @@ def test_data_that_cannot_be_used_is_named(made: Path, tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(made: Path, tmp_path: Path) -> None:
-    """Prevents ids beyond the embedding, and a model fed with another vocabulary of the same size."""
+    """Prevents ids beyond the embedding, a model fed with another vocabulary of the same size, damaged weights."""
     text = tmp_path / "other.jsonl"
     text.write_text("".join(json.dumps({"text": word * 3}) + "\n" for word in ("other", "words", "entirely", "new")))
     stage = tokenizer_stage.TrainTokenizer(data=[text, made / "text.jsonl"], vocab_size=288, out=tmp_path / "tok")
@@ -328,6 +328,11 @@ def test_a_tokenizer_that_does_not_fit_is_refused(made: Path, tmp_path: Path) ->
         (base / name).write_bytes((made / "base" / name).read_bytes())
     tok.save(base)
     with pytest.raises(ValueError, match="not the one that its model was trained with"):
+        sft.main(sft_config(made, model=base, out=tmp_path / "run", steps=1))
+    Tokenizer.load(made / "tok").save(base)
+    weights = (base / "model.safetensors").read_bytes()
+    (base / "model.safetensors").write_bytes(weights[:-1000] + bytes(1000))
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
         sft.main(sft_config(made, model=base, out=tmp_path / "run", steps=1))
     small = Decoder(ModelConfig.from_depth(1, 280, max_length=512))
     with pytest.raises(ValueError, match="the tokenizer has 288 ids, the model only 280"):

@@ -25,6 +25,7 @@ from moss.data import talk, tool_turns
 from moss.data.dialogs import to_moss
 from moss.data.family import Draft, Item, held_out, reserved
 from moss.data.text import documents
+from moss.errors import UsageError
 from moss.files import replacing
 
 LANGS = ("en", "zh")
@@ -194,7 +195,7 @@ def rows(config: Curriculum) -> Iterator[dict[str, Any]]:
 def main(config: Curriculum) -> int:
     """Entry of `moss data curriculum`."""
     if config.n < 1:
-        raise ValueError(f"--n is {config.n}; it must be 1 or more")
+        raise UsageError(f"--n is {config.n}; it must be 1 or more")
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(config))
     if config.output is None:
         sys.stdout.writelines(lines)

@@ -28,6 +28,7 @@ from tokenizers import Tokenizer as Backend
 
 from moss.chat import SECTIONS, Dialog, Loss, TooLong, render
 from moss.data.pack import Rows
+from moss.errors import UsageError
 from moss.tokenizer import Tokenizer
 
 CHUNK = 512  # rows handed to a process at a time
@@ -37,7 +38,7 @@ ALONE = 4096  # rows up to which starting processes costs more than it saves
 def check_files(paths: Sequence[Path], what: str) -> None:
     """One clear line for a data file that is not there, before anything long begins."""
     if not paths:
-        raise ValueError(f"no {what}; name at least one file")
+        raise UsageError(f"no {what}; name at least one file")
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{what}: {path} is not a file")

@@ -13,7 +13,8 @@ is guessed and read several tokens at a time (`lookup.py`).
         print(token.id, token.logprob)
     print(stream.finish)  # stop | length | time | cancelled
 
-The engine speaks token ids only. Whatever goes wrong in the thread is raised where the stream is read.
+The engine speaks token ids only. Whatever goes wrong in the thread is raised where the stream is read; what is wrong
+with one request ends that one. Close the engine, or use it with `with`; one that is dropped ends when its work is done.
 """
 
 from __future__ import annotations
@@ -27,13 +28,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
 from moss.engine.cache import Cache
 from moss.engine.fixed import WIDTH, Padded, fixed_runner
-from moss.engine.lookup import Lookup
+from moss.engine.lookup import Account, Lookup
 from moss.engine.requests import EngineError, Grammar, Queue, Request, Stream, Token
 from moss.engine.sample import Plan, Sampling, logprobs_of
 from moss.engine.step import Runner, runner
@@ -45,7 +47,7 @@ READERS = 4  # prompts that are read in turns; more of them would only all be la
 
 
 class Engine:
-    """Continuous batching of up to `slots` requests over one model and one cache; `queue` more may wait.
+    """Continuous batching of up to `slots` requests over one model and one cache; `queue` more may wait for a row.
 
     `max_length` bounds prompt and answer together; it is the model's own length unless a shorter one is given.
     `deterministic` makes the scores of a prompt the same to the last bit whatever else runs or is remembered, at a
@@ -62,16 +64,19 @@ class Engine:
         deterministic: bool = False,
         lookup: bool = True,
     ) -> None:
-        self.model = model.eval()
+        self.model, self.config = model.eval(), model.config
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.slots, self.lookup = slots, lookup
+        self._account = Account()
         self.max_length = min(model.config.max_length, max_length or model.config.max_length)
         self.runner: Runner = fixed_runner(model) if deterministic else runner(model)
         self.most = WIDTH if deterministic else sys.maxsize  # tokens of a pass
-        self._waiting = Queue(queue)
+        self._waiting = Queue(queue, slots)
         self._inbox: deque[Callable[[], None]] = deque()
-        self._changed = threading.Condition()  # guards the inbox, the thread and `_closed`
+        self._lock = threading.RLock()  # guards the inbox, the thread and `_closed`
+        self._wakes: SimpleQueue[Engine | None] = SimpleQueue()  # an engine with something to do; None ends the thread
+        weakref.finalize(self, self._wakes.put, None).atexit = False  # (closed at exit instead)
         self._thread: threading.Thread | None = None
         self._closed = False
         self._reset()
@@ -100,10 +105,10 @@ class Engine:
         owner: who asks; owners take turns. grammar: what may come next. logprobs: how many likeliest ids to report.
         prefix: so many leading ids will open other conversations too, and are kept for them.
         ValueError where the prompt is empty, holds an unknown id, or leaves no room for one token; QueueFull where
-        too many requests wait.
+        too many requests wait; EngineError where the engine is closed.
         """
         ids = list(ids)
-        vocab_size = self.model.config.vocab_size
+        vocab_size = self.config.vocab_size
         if not ids:
             raise ValueError("the prompt is empty; give at least one id")
         if len(ids) >= self.max_length:
@@ -115,7 +120,7 @@ class Engine:
             raise ValueError(f"prefix is {prefix}; the prompt has {len(ids)} ids")
         if not 0 <= logprobs <= vocab_size:
             raise ValueError(f"logprobs is {logprobs}; ask for 0 to {vocab_size}")
-        lookup = Lookup() if self.lookup else None
+        lookup = Lookup(self._account) if self.lookup else None
         request = Request(ids, sampling, conversation, owner, grammar, logprobs, prefix, lookup)
         self._wake(lambda: self._waiting.put(request))
         return request.stream
@@ -128,42 +133,52 @@ class Engine:
     @torch.inference_mode()
     def score(self, ids: Sequence[int]) -> list[float]:
         """The model's log-probability of ids[1:], each given all ids before it. Runs in the caller's thread."""
+        model = self._model()
         if not 1 <= len(ids) <= self.max_length:
             raise ValueError(f"{len(ids)} ids to score; give 1 to {self.max_length}")
         result: list[float] = []
         if len(ids) == 1:
             return result
         row = torch.tensor([ids], device=self.device)  # (1, T)
-        hidden = self.model.hidden(row[:, :-1])[0]
+        hidden = model.hidden(row[:, :-1])[0]
         for states, targets in zip(hidden.split(PIECE), row[0, 1:].split(PIECE)):
-            result += logprobs_of(self.model.logits(states).float(), targets).tolist()
+            result += logprobs_of(model.logits(states).float(), targets).tolist()
         return result
 
     def close(self) -> None:
-        """End every request as cancelled and stop the thread."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
+        """End every request as cancelled, stop the thread and let go of the model and the cache."""
+        with self._lock:
+            first, self._closed = not self._closed, True
             thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
-            thread.join()
+            if first and thread is None:
+                self._release()
+        if thread is not None:
+            self._wakes.put(self)
+            if thread is not threading.current_thread():
+                thread.join()
+
+    def _model(self) -> Decoder:
+        """The model; EngineError where the engine is closed."""
+        with self._lock:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            return self.model
 
     def _wake(self, post: Callable[[], None]) -> None:
         """Post something for the worker and wake it; starts it where it does not run."""
-        with self._changed:
-            if self._closed:
-                raise EngineError("the engine is closed")
+        with self._lock:
+            self._model()
             post()
             if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._work, name="moss-engine", daemon=True)
+                self._thread = threading.Thread(target=_serve, args=(self._wakes,), name="moss-engine", daemon=True)
                 self._thread.start()
-            self._changed.notify()
+        self._wakes.put(self)
 
     # What follows runs in the worker thread only.
 
     def _reset(self) -> None:
         """Nothing runs, nothing is remembered."""
-        config = self.model.config
+        config = self.config
         self._reading: deque[Request] = deque()  # they have a row, and their prompts are read in turns
         self._plan: Plan | None = None  # of the rows that decode; None after any of them joined or left
         self._cache = Cache(
@@ -178,41 +193,50 @@ class Engine:
             width=self.runner.width if isinstance(self.runner, Padded) else 1,
         )
 
-    def _work(self) -> None:
-        open_ = True
-        while open_:
+    def _release(self) -> None:
+        """Let go of all that is large; nothing can run afterwards."""
+        self._plan = None
+        del self.model, self.runner, self._cache
+
+    def _work(self) -> bool:
+        """Work until nothing is left to do. False when the engine is closed."""
+        while True:
             try:
                 with torch.inference_mode():
-                    while open_ := self._take():
+                    while self._take():
                         self._sweep()
                         self._read()
                         if self._cache.live:
                             self._decode()
+                break
             except BaseException as error:  # it goes to the requests, and the next one finds a fresh engine
                 self._drop(None, error)
+                self._reset()
+        if not self._closed:
+            return True
+        self._drop("cancelled")
+        self._release()
+        return False
 
     def _take(self) -> bool:
-        """Do what was posted, waiting for it when there is nothing else to do. False when the engine is closed."""
-        with self._changed:
-            while not (self._closed or self._inbox or self._waiting or self._reading or self._cache.live):
-                self._changed.wait()
+        """Do what was posted. False when nothing is to do, or the engine is closed."""
+        with self._lock:
             while self._inbox:
                 self._inbox.popleft()()
-            if not self._closed:
-                return True
-        self._drop("cancelled")
-        return False
+            return not self._closed and bool(self._waiting or self._reading or self._cache.live)
 
     def _requests(self) -> list[Request]:
         return [*(slot.user for slot in self._cache.live), *self._reading, *self._waiting.all()]
 
     def _drop(self, finish: str | None, error: BaseException | None = None) -> None:
-        """End all requests, wherever they are, and start anew."""
-        for request in (*(slot.user for slot in self._cache.live), *self._reading):
-            request.stream._end(finish, error)
+        """End all requests, wherever they are; their rows are worth nothing afterwards."""
+        dropped = [*(slot.user for slot in self._cache.live), *self._reading]
+        self._reading.clear()
         while (request := self._waiting.take()) is not None:
+            dropped.append(request)
+        for request in dropped:
+            self._waiting.returned()
             request.stream._end(finish, error)
-        self._reset()
 
     def _sweep(self) -> None:
         """End what was cancelled or ran out of time."""
@@ -259,7 +283,7 @@ class Engine:
         self._reading.append(request)
         request.slot = self._cache.acquire(request, request.conversation)
         if request.sampling.repetition_penalty != 1:
-            request.seen = torch.zeros(self.model.config.vocab_size, dtype=torch.bool, device=self.device)
+            request.seen = torch.zeros(self.config.vocab_size, dtype=torch.bool, device=self.device)
             request.seen[torch.tensor(request.ids, device=self.device)] = True
 
     def _decode(self) -> None:
@@ -330,16 +354,15 @@ class Engine:
             nothing = logits.new_zeros(logits.shape[-1], dtype=torch.bool)
             seen = torch.stack([nothing if request.seen is None else request.seen for request in requests])
         uniform = [] if plan.greedy else [request.random.random() for request in requests]
-        masks = [None if request.following is None else request.following.mask() for request in requests]
-        allowed = _masked(logits, masks)
-        chosen = plan.choose(allowed, seen, uniform, [request.num_new for request in requests])
+        masks, errors = zip(*(_following(request, logits.shape[-1]) for request in requests))
+        chosen = plan.choose(_masked(logits, masks), seen, uniform, [request.num_new for request in requests])
         tops = self._tops(logits, max(request.num_top for request in requests))
-        told = zip(requests, masks, chosen.tolist(), logprobs_of(logits, chosen).tolist(), tops)
-        for request, mask, id, logprob, top in told:
-            if mask is None or mask[id]:
+        told = zip(requests, errors, chosen.tolist(), logprobs_of(logits, chosen).tolist(), tops)
+        for request, error, id, logprob, top in told:
+            if error is None:
                 self._deliver(request, Token(id, logprob, top[: request.num_top]))
             else:
-                self._end(request, None, EngineError("the grammar of this request allows no token to follow"))
+                self._end(request, None, error)
 
     def _tops(self, logits: Tensor, number: int) -> Iterable[tuple[tuple[int, float], ...]]:
         """For each row the `number` likeliest ids with their log-probabilities."""
@@ -358,7 +381,10 @@ class Engine:
         elif len(request.ids) >= min(request.limit, self.max_length):
             self._end(request, "length")
         elif request.following is not None:
-            request.following.advance(token.id)
+            try:
+                request.following.advance(token.id)
+            except Exception as error:  # the caller's code, and not the neighbours' affair
+                self._end(request, None, error)
 
     def _end(self, request: Request, finish: str | None, error: BaseException | None = None) -> None:
         """Take a request out from wherever it is, keep what its row holds, and close its stream."""
@@ -372,19 +398,39 @@ class Engine:
                 self._cache.leave(slot)
                 self._plan = None
             self._cache.release(slot)
+            self._waiting.returned()
         request.stream._end(finish, error)
 
 
+def _following(request: Request, vocab_size: int) -> tuple[Tensor | None, Exception | None]:
+    """Which ids a request's grammar allows next, bool (up to V,) or None for all; and why it must end, if it must."""
+    try:
+        mask = None if request.following is None else request.following.mask()
+        if mask is None:
+            return None, None
+        if not mask[:vocab_size].any():
+            raise EngineError("the grammar of this request allows no token to follow")
+        return mask[:vocab_size], None
+    except Exception as error:  # the caller's code, and not the neighbours' affair
+        return None, error
+
+
 def _masked(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
-    """Scores (B, V) with -inf where a row's mask forbids the id; a row that forbids all of them stays as it is."""
+    """Scores (B, V) with -inf where a row's mask forbids the id."""
     if all(mask is None for mask in masks):
         return logits
     logits = logits.clone()
     for row, mask in zip(logits, masks):
-        if mask is not None and mask.any():
+        if mask is not None:
             row[: len(mask)].masked_fill_(~mask.to(row.device), -torch.inf)
             row[len(mask) :] = -torch.inf  # ids that the tokenizer does not have
     return logits
+
+
+def _serve(wakes: SimpleQueue[Engine | None]) -> None:
+    """The worker thread. It holds no engine that has nothing to do, so that one that is dropped is freed."""
+    while (engine := wakes.get()) is not None and engine._work():
+        del engine
 
 
 _open_engines: weakref.WeakSet[Engine] = weakref.WeakSet()

@@ -19,7 +19,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <omp.h>
-#include <thread>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -28,17 +27,21 @@ using i64 = int64_t;
 using bf16 = uint16_t;
 
 #if defined(__AVX512VNNI__)
-constexpr int LANES = 16;     // floats a register
-constexpr float SHIFT = 128;  // dpbusd wants unsigned weights: int8 ones are read with this added
-#elif defined(__AVX2__)
+constexpr int LANES = 16;                        // floats a register
+constexpr int FLOAT_ROWS = 4;  // rows of W that 4 tokens or more meet at once: fewer loads, but slower in integers
+constexpr float SHIFT = 128;                     // dpbusd wants unsigned weights: int8 ones are read with this added
+#else
+#if defined(__AVX2__)
 constexpr int LANES = 8;
-constexpr float SHIFT = 0;
 #else
 constexpr int LANES = 4;
+#endif
+constexpr int FLOAT_ROWS = 3;
 constexpr float SHIFT = 0;
 #endif
 constexpr int CHAINS = 2;  // sums of one row that run side by side
-constexpr int SPINS = 20000;  // looks at a barrier, about half a millisecond, before the processor is offered to others
+constexpr int SPINS = 2000;  // looks at a barrier, some 50 us, before a thread goes to sleep there
+constexpr i64 FEW = 1 << 19;  // products that one thread does sooner than two meet, where cores are busy
 constexpr i64 GROUP = 128, PADDING = 16, BLOCK = 64;  // columns a scale; groups a load reads; keys a softmax piece
 
 enum Kind : i64 { F32, BF16, INT8, INT4 };
@@ -203,6 +206,7 @@ struct Array {  // memory of one call
     operator T*() const { return data; }
 };
 
+inline int threads_for(i64 products, i64 threads) { return products <= FEW ? 1 : int(threads); }
 inline i64 groups_of(i64 cols) { return (cols + GROUP - 1) / GROUP; }
 
 // ---------------------------------------------------------------- linear layers
@@ -255,82 +259,98 @@ struct Input {
     }
 };
 
-// y[t] of one row of W and N tokens from `token`. A row is read from its beginning to its end and then the next one:
-// only so do the hardware's prefetchers keep up with memory.
-template <int N, class W>
-inline void tile_float(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[N]) {
+// y[r][t] of R rows of W and N tokens from `token`. Rows are read from their beginning to their end and then the next
+// ones: only so do the hardware's prefetchers keep up with memory.
+template <int R, int N, class W>
+inline void tile_float(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[R][N]) {
     const W* w = static_cast<const W*>(l.weight) + row * l.cols;
     const float* x = in.x + token * in.stride;
-    vf acc[CHAINS][N] = {};
+    vf acc[CHAINS][R][N] = {};
     i64 i = 0;
-    for (; i + CHAINS * LANES <= l.cols; i += CHAINS * LANES) EACH(c, CHAINS) {
-            const vf part = load(w + i + c * LANES);
-            EACH(t, N) acc[c][t] = fma(part, load(x + t * in.stride + i + c * LANES), acc[c][t]);
+    for (; i + CHAINS * LANES <= l.cols; i += CHAINS * LANES)
+        EACH(c, CHAINS) {
+            vf part[R];
+            EACH(r, R) part[r] = load(w + r * l.cols + i + c * LANES);
+            EACH(t, N) {
+                const vf value = load(x + t * in.stride + i + c * LANES);
+                EACH(r, R) acc[c][r][t] = fma(part[r], value, acc[c][r][t]);
+            }
         }
-    EACH(t, N) {
-        y[t] = sum(acc[0][t] + acc[1][t]);
-        for (i64 j = i; j < l.cols; j++) y[t] += widen(w[j]) * x[t * in.stride + j];
+    EACH(r, R) EACH(t, N) {
+        y[r][t] = sum(acc[0][r][t] + acc[1][r][t]);
+        for (i64 j = i; j < l.cols; j++) y[r][t] += widen(w[r * l.cols + j]) * x[t * in.stride + j];
     }
 }
 
-template <int N>
-inline void tile_int8(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[N]) {
-    const i64 groups = groups_of(l.cols);
-    const int8_t *w = static_cast<const int8_t*>(l.weight) + row * groups * GROUP, *x = in.codes + token * in.padded;
+template <int R, int N>
+inline void tile_int8(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[R][N]) {
+    const i64 groups = groups_of(l.cols), cols = groups * GROUP;
+    const int8_t *w = static_cast<const int8_t*>(l.weight) + row * cols, *x = in.codes + token * in.padded;
     const float* scale = in.scale + token * in.groups;
-    vf acc[N] = {};
-    for (i64 g = 0; g < groups; g++) EACH(t, N)
-        acc[t] = scaled(dot8(w + g * GROUP, x + t * in.padded + g * GROUP), scale[t * in.groups + g], acc[t]);
-    EACH(t, N) y[t] = (sum(acc[t]) - in.total[token + t]) * static_cast<const float*>(l.scale)[row];
+    vf acc[R][N] = {};
+    for (i64 g = 0; g < groups; g++)
+        EACH(t, N) EACH(r, R) {
+            const vi whole = dot8(w + r * cols + g * GROUP, x + t * in.padded + g * GROUP);
+            acc[r][t] = scaled(whole, scale[t * in.groups + g], acc[r][t]);
+        }
+    EACH(r, R) EACH(t, N)
+        y[r][t] = (sum(acc[r][t]) - in.total[token + t]) * static_cast<const float*>(l.scale)[row + r];
 }
 
-template <int N>
-inline void tile_int4(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[N]) {
-    const i64 groups = groups_of(l.cols);
-    const uint8_t* w = static_cast<const uint8_t*>(l.weight) + row * groups * (GROUP / 2);
+template <int R, int N>
+inline void tile_int4(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[R][N]) {
+    const i64 groups = groups_of(l.cols), bytes = groups * (GROUP / 2);
+    const uint8_t* w = static_cast<const uint8_t*>(l.weight) + row * bytes;
     const bf16 *scales = static_cast<const bf16*>(l.scale) + row * groups;
     const bf16 *offsets = static_cast<const bf16*>(l.offset) + row * groups;
     const int8_t* x = in.codes + token * in.padded;
-    vf acc[N] = {};
+    vf acc[R][N] = {};
     for (i64 first = 0; first < groups; first += LANES) {  // the scales of LANES groups; beyond the last, x is 0
-        float step[N][LANES];
-        const vf scale = load(scales + first), offset = load(offsets + first);
-        EACH(t, N) {
+        float step[R][N][LANES];
+        EACH(r, R) EACH(t, N) {
             const i64 at = (token + t) * in.groups + first;
-            store(step[t], scale * load(in.scale + at));
-            acc[t] = fma(offset, load(in.sums + at), acc[t]);
+            store(step[r][t], load(scales + r * groups + first) * load(in.scale + at));
+            acc[r][t] = fma(load(offsets + r * groups + first), load(in.sums + at), acc[r][t]);
         }
         const i64 count = std::min<i64>(LANES, groups - first);
-        for (i64 g = 0; g < count; g++) {
-            const uint8_t* part = w + (first + g) * (GROUP / 2);
-            EACH(t, N) acc[t] = scaled(dot4(part, x + t * in.padded + (first + g) * GROUP), step[t][g], acc[t]);
-        }
+        for (i64 g = 0; g < count; g++)
+            EACH(t, N) EACH(r, R) {
+                const uint8_t* part = w + r * bytes + (first + g) * (GROUP / 2);
+                const vi whole = dot4(part, x + t * in.padded + (first + g) * GROUP);
+                acc[r][t] = scaled(whole, step[r][t][g], acc[r][t]);
+            }
     }
-    EACH(t, N) y[t] = sum(acc[t]);
+    EACH(r, R) EACH(t, N) y[r][t] = sum(acc[r][t]);
 }
 
-template <int K, int N>
+template <int K, int R, int N>
 inline void tile(const Linear& l, i64 row, const Input& in, i64 token, float* out, i64 stride, bool add) {
-    float y[N];
-    if constexpr (K == F32) tile_float<N, float>(l, row, in, token, y);
-    else if constexpr (K == BF16) tile_float<N, bf16>(l, row, in, token, y);
-    else if constexpr (K == INT8) tile_int8<N>(l, row, in, token, y);
-    else tile_int4<N>(l, row, in, token, y);
-    EACH(t, N) {
-        float* to = out + (token + t) * stride + row;
-        *to = y[t] + (l.bias ? l.bias[row] : 0) + (add ? *to : 0);
+    float y[R][N];
+    if constexpr (K == F32) tile_float<R, N, float>(l, row, in, token, y);
+    else if constexpr (K == BF16) tile_float<R, N, bf16>(l, row, in, token, y);
+    else if constexpr (K == INT8) tile_int8<R, N>(l, row, in, token, y);
+    else tile_int4<R, N>(l, row, in, token, y);
+    EACH(r, R) EACH(t, N) {
+        float* to = out + (token + t) * stride + row + r;
+        *to = y[r][t] + (l.bias ? l.bias[row + r] : 0) + (add ? *to : 0);
     }
+}
+
+template <int K, int R>
+inline void tiles(const Linear& l, i64 row, const Input& in, i64 n, float* out, i64 stride, bool add) {
+    i64 t = 0;
+    for (; t + 4 <= n; t += 4) tile<K, R, 4>(l, row, in, t, out, stride, add);
+    for (; t + 2 <= n; t += 2) tile<K, R, 2>(l, row, in, t, out, stride, add);
+    if (t < n) tile<K, R, 1>(l, row, in, t, out, stride, add);
 }
 
 template <int K>
 __attribute__((noinline)) void rows_of(
     const Linear& l, i64 first, i64 last, const Input& in, i64 n, float* out, i64 stride, bool add) {
-    for (i64 row = first; row < last; row++) {
-        i64 t = 0;
-        for (; t + 4 <= n; t += 4) tile<K, 4>(l, row, in, t, out, stride, add);
-        for (; t + 2 <= n; t += 2) tile<K, 2>(l, row, in, t, out, stride, add);
-        if (t < n) tile<K, 1>(l, row, in, t, out, stride, add);
-    }
+    constexpr int R = K < INT8 ? FLOAT_ROWS : 1;
+    i64 row = first;
+    for (; n >= 4 && row + R <= last; row += R) tiles<K, R>(l, row, in, n, out, stride, add);
+    for (; row < last; row++) tiles<K, 1>(l, row, in, n, out, stride, add);
 }
 
 // Rows first to last of y = W x + bias; out (n, stride) is overwritten or, for a residual, added to.
@@ -347,9 +367,10 @@ struct Share {  // the rows of a matrix that this thread works on
     }
 };
 
-// Where the threads of a step wait for each other. OpenMP's own barrier sends them to sleep at once when the process has
-// more of them than processors, for which a second pool (of the thread that loaded the model) is enough: 13 ms a token of
-// 24 layers on two cores, twice of what the work itself takes in int4.
+// Where the threads of a step wait for each other. On quiet cores the last comes within some 10 us, for which sleep is
+// too dear; on busy ones it comes after others' turns, and who spins takes the processor from whom it waits for.
+// OpenMP's own barrier sends threads to sleep at once when the process has more of them than processors, for which a
+// second pool (of the thread that loaded the model) is enough.
 class Meeting {
     std::atomic<int> here{0}, round{0};
 
@@ -358,15 +379,17 @@ class Meeting {
         const int now = round.load(std::memory_order_relaxed);
         if (here.fetch_add(1, std::memory_order_acq_rel) + 1 == omp_get_num_threads()) {
             here.store(0, std::memory_order_relaxed);
-            round.store(now + 1, std::memory_order_release);
+            round.store(now + 1);  // in one order with the look for sleepers, or one could be missed
+            round.notify_all();
             return;
         }
-        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
-            if (spins > SPINS) std::this_thread::yield();
+        for (int spins = 0; spins < SPINS; spins++) {
+            if (round.load(std::memory_order_acquire) != now) return;
 #if defined(__x86_64__)
-            else __builtin_ia32_pause();
+            __builtin_ia32_pause();
 #endif
         }
+        round.wait(now);
     }
 };
 
@@ -490,7 +513,7 @@ void step(const Model& m, const Batch& b) {
     Array<float> x(n * size), q(n * queries), k(n * keys), v(n * keys), attended(n * queries), up(n * m.ffn);
     Array<float> gate(m.moss ? 0 : n * m.ffn), turns(n * m.rotary_dim);
     Meeting meet;
-#pragma omp parallel num_threads(int(b.threads))
+#pragma omp parallel num_threads(threads_for(n * size * m.ffn, b.threads))
     {
         const i64 id = omp_get_thread_num(), threads = omp_get_num_threads();
         Input in(n, m.max_cols);
@@ -564,7 +587,7 @@ void unpack(const Linear& l, i64 first, i64 count, T* out, i64 threads) {
 extern "C" {
 
 void moss_linear(const Linear* l, const float* x, i64 n, float* y, i64 threads) {
-#pragma omp parallel num_threads(int(threads))
+#pragma omp parallel num_threads(threads_for(n * l->rows * l->cols, threads))
     {
         Input in(n, l->kind < INT8 ? 0 : l->cols);
         in.read(x, l->cols, n, l->cols, l->kind >= INT8);

@@ -31,14 +31,14 @@ from torch import Tensor
 from moss.files import replacing
 from moss.log import note
 
-MAX_TOKENS = 16  # tokens of one call; more are a matter of arithmetic, not of memory, and better off with torch
+MAX_TOKENS = 16  # tokens of one call; more are a matter of arithmetic, not of memory
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 INT8, INT4 = 2, 3
 GROUP = 128  # columns that share a scale
 SLACK = 16  # groups behind the last scale that a vector load may touch
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-FLAGS = "-std=c++17 -O2 -fPIC -fopenmp -fno-exceptions -fno-math-errno -fno-trapping-math -ffp-contract=off".split()
+FLAGS = "-std=c++20 -O2 -fPIC -fopenmp -fno-exceptions -fno-math-errno -fno-trapping-math -ffp-contract=off".split()
 # What a path needs from the CPU, as /proc/cpuinfo names it; the best comes first.
 PATHS = {
     "avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"),
@@ -211,12 +211,12 @@ def _build(compiler: str, flags: list[str]) -> Path:
 
 def cache_folder() -> Path:
     """Where builds are kept: the user's cache folder, or one of this process alone where that cannot be written."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss"
     try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "moss"
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(home, os.W_OK):
             return home
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home folder
         pass
     return Path(_own_folder().name)
 

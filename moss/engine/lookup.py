@@ -6,8 +6,8 @@ one pass and keeps it as far as the model would have said the same (Saxena 2023,
 et al. 2023, arXiv 2211.17192). Every token is still chosen from the model's own scores with the request's own random
 numbers, so a draft can change the speed of an answer and nothing else.
 
-A pass over a draft costs more than a step, so a request keeps account of what both cost and what drafts bring it,
-and pauses where it loses: twice as long each time.
+A pass over a draft costs more than a step, so the engine keeps account of what both cost and what drafts bring, and a
+request pauses where it loses: twice as long each time.
 """
 
 from __future__ import annotations
@@ -21,15 +21,22 @@ PAUSE = 16  # steps without drafts after a first loss
 MEMORY = 0.8  # share of the past in the running means
 
 
-class Lookup:
-    """The drafts of one request, and the account of what they cost and bring."""
+class Account:
+    """What drafts cost and bring: one for all requests of an engine, so that only its first ones pay for the trials."""
 
     def __init__(self) -> None:
+        self.trials = 0
+        self.step = self.draft = self.gain = 0.0  # running means: seconds a step and a pass, tokens a pass
+
+
+class Lookup:
+    """The drafts of one request; it keeps the account that it is given, or one of its own."""
+
+    def __init__(self, account: Account | None = None) -> None:
+        self.account = Account() if account is None else account
         self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> where the id after its last occurrence stands
         self._known = NGRAM  # n-grams that end before this place are known
-        self._trials = self._wait = 0
-        self._pause = PAUSE
-        self._step = self._pass = self._gain = 0.0  # running means: seconds a step and a pass, tokens a pass
+        self._wait, self._pause = 0, PAUSE
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """Up to `most` ids that may follow `ids`, prompt and answer so far; none where nothing is known or it loses."""
@@ -47,17 +54,18 @@ class Lookup:
 
     def stepped(self, seconds: float) -> None:
         """A plain step of one token took so long."""
-        self._step = _mean(self._step, seconds)
+        self.account.step = _mean(self.account.step, seconds)
 
     def passed(self, accepted: int, seconds: float) -> None:
         """A pass over a draft took so long and brought `accepted` of its ids, and one more token."""
-        self._trials += 1
-        self._pass, self._gain = _mean(self._pass, seconds), _mean(self._gain, accepted + 1)
-        if self._trials < TRIALS:
+        account = self.account
+        account.trials += 1
+        account.draft, account.gain = _mean(account.draft, seconds), _mean(account.gain, accepted + 1)
+        if account.trials < TRIALS:
             return
-        if self._step == 0:
+        if account.step == 0:
             self._wait = 1  # to see what a step costs
-        elif self._gain * self._step < self._pass:
+        elif account.gain * account.step < account.draft:
             self._wait, self._pause = self._pause, 2 * self._pause
         else:
             self._pause = PAUSE

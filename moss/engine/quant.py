@@ -7,8 +7,9 @@ What    int8 keeps a scale a row, int4 a scale and an offset a group of 128 colu
 Why     One token reads every weight once: at half or a quarter of the bytes it takes half or a quarter of the time.
 How     model = load_quantized(folder, "int8")
 
-For a few tokens the CPU's kernels multiply the integers themselves (kernels.cpp); for many, as in a prompt, a block of
-rows at a time is turned back into floats and multiplied by torch. On a GPU torch.compile makes its kernels.
+For up to MANY tokens the CPU's kernels multiply the integers themselves (kernels.cpp), a few tokens at a time; for
+more, as in a long prompt, a block of rows at a time is turned back into floats and multiplied by torch. On a GPU
+torch.compile makes its kernels.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from moss.weights import open_model
 Width = Literal["int8", "int4"]
 WIDTHS: tuple[Width, ...] = ("int8", "int4")
 PACKED = 1 << 19  # weights turned into integers at once: they stay in the CPU's cache
+# Tokens, by the path of the kernels, above which torch is faster on a CPU although weights are turned back for it.
+MANY = {"avx512": 128, "avx2": 32, "portable": MAX_TOKENS}
 BLOCK = 1 << 22  # weights turned back at once for a product
 GPU_BLOCK = 1 << 26  # the same on a GPU: few calls, and 128 MiB as bfloat16
 FEW = 4  # tokens for which a GPU multiplies the integers as it reads them; for more there are faster products of floats
@@ -165,8 +168,10 @@ class QuantLinear(nn.Module):
         """x (..., in) -> (..., out)."""
         flat = x.reshape(-1, self.in_features)
         on_cpu = x.device.type == "cpu"
-        if on_cpu and 0 < len(flat) <= MAX_TOKENS and (kernels := library()) is not None:
-            y = kernels.linear(self.describe(), flat)
+        kernels = library() if on_cpu else None
+        if kernels is not None and 0 < len(flat) <= MANY[kernels.path]:
+            layer = self.describe()
+            y = torch.cat([kernels.linear(layer, piece) for piece in flat.split(MAX_TOKENS)])
         else:
             y = self._on_cpu(flat) if on_cpu else self._on_gpu(flat)
             y = y if self.bias is None else y + self.bias.to(y.dtype)

@@ -126,12 +126,13 @@ class Request:
 
 
 class Queue:
-    """Requests that wait for a row, at most `size`. Any thread may use it."""
+    """Requests that wait: at most `size`, and one more for each of the `rows` that is free. Any thread may use it."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, rows: int) -> None:
         if size < 1:
             raise ValueError(f"queue is {size}; at least one request must be able to wait")
-        self.size = size
+        self.size, self.rows = size, rows
+        self.taken = 0  # requests that were taken and have a row
         self._owners: dict[str, deque[Request]] = {}  # in the order of their turns; none is empty
         self._lock = threading.Lock()
 
@@ -146,8 +147,9 @@ class Queue:
     def put(self, request: Request) -> None:
         """Let a request wait; QueueFull where no more may."""
         with self._lock:
-            if sum(map(len, self._owners.values())) >= self.size:
-                raise QueueFull(f"{self.size} requests wait already, which is all that may; try again in a while")
+            waiting = sum(map(len, self._owners.values()))
+            if waiting + self.taken >= self.size + self.rows:
+                raise QueueFull(f"{waiting} requests wait already, which is all that may; try again in a while")
             self._owners.setdefault(request.owner, deque()).append(request)
             self._number()
 
@@ -162,8 +164,14 @@ class Queue:
             if requests:
                 self._owners[owner] = requests
             request.stream.position = 0
+            self.taken += 1
             self._number()
             return request
+
+    def returned(self) -> None:
+        """A request that was taken has given its row back."""
+        with self._lock:
+            self.taken -= 1
 
     def remove(self, request: Request) -> None:
         """This request waits no longer."""

@@ -19,7 +19,11 @@ COLD = 1e-6  # a temperature below this is greedy
 
 @dataclass(frozen=True)
 class Sampling:
-    """How one request chooses its tokens and when it ends. Temperature 0 always takes the likeliest token."""
+    """How one request chooses its tokens and when it ends. Temperature 0 always takes the likeliest token.
+
+    ValueError for a value out of its bounds, which are those of the arithmetic: rows share a batch, and what overflows
+    in one would end them all.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0  # keep the likeliest tokens that together reach this probability
@@ -34,12 +38,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         checks = (
-            ("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or more"),
+            ("temperature", 0 <= self.temperature <= 100, "0 (greedy) to 100"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
-            ("length_penalty", 0 < self.length_penalty < math.inf, "above 0; 1 is off"),
-            ("length_start", self.length_start >= 0, "0 or more"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (off) or more, and below 2**31"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "0.01 to 100; 1 is off"),
+            ("length_penalty", 0.01 <= self.length_penalty <= 100, "0.01 to 100; 1 is off"),
+            ("length_start", 0 <= self.length_start < 2**31, "0 or more, and below 2**31"),
             ("max_tokens", self.max_tokens >= 1, "1 or more"),
             ("time_limit", self.time_limit is None or self.time_limit > 0, "above 0 seconds, or None"),
         )
@@ -70,6 +74,7 @@ def narrow(logits: Tensor, top_k: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor
     size = logits.shape[-1]
     logprobs = logits.log_softmax(-1)
     possible = logprobs > ((1 - top_p) / size).log()[:, None]
+    possible |= logprobs == logprobs.amax(-1, keepdim=True)
     most = int(top_k.max())
     if most > 0:
         best = logits.topk(min(most, size)).values
@@ -114,15 +119,26 @@ class Plan:
         self.samplings, self.device = samplings, device
         self.greedy = all(s.temperature < COLD for s in samplings)
         self.penalizes = any(s.repetition_penalty != 1 for s in samplings)
-        self.narrows = any(s.temperature >= COLD and (s.top_k or s.top_p < 1) for s in samplings)
         self.urges = any(s.length_penalty != 1 for s in samplings)
-        self.cold = torch.tensor([s.temperature < COLD for s in samplings], device=device)  # (B,)
-        self.temperature = torch.tensor([max(s.temperature, COLD) for s in samplings], device=device)
+        self.temperature = torch.tensor([s.temperature for s in samplings], device=device)
         self.top_k = torch.tensor([s.top_k for s in samplings], device=device)
         self.top_p = torch.tensor([s.top_p for s in samplings], dtype=torch.float64, device=device)
         self.penalty = torch.tensor([s.repetition_penalty for s in samplings], device=device)
         self._stops: Tensor | None = None  # (B, V) bool
         self.length_penalty = torch.tensor([s.length_penalty for s in samplings], device=device)
+        # Rows that are drawn, those that top-k or top-p narrow apart: they sort only what one of them may choose.
+        self.drawn = [(narrows, rows) for narrows in (False, True) if (rows := self._drawn(narrows)) is not None]
+
+    def _drawn(self, narrows: bool) -> Tensor | slice | None:
+        """The rows that are drawn and narrowed, or drawn and not; None where there are none."""
+        rows = [
+            row
+            for row, s in enumerate(self.samplings)
+            if s.temperature >= COLD and (s.top_k > 0 or s.top_p < 1) == narrows
+        ]
+        if len(rows) == len(self.samplings):
+            return slice(None)  # a view, where an index would copy
+        return torch.tensor(rows, device=self.device) if rows else None
 
     def choose(
         self, logits: Tensor, seen: Tensor | None, uniform: Sequence[float], lengths: Sequence[int] = ()
@@ -135,21 +151,21 @@ class Plan:
         if self.penalizes:
             assert seen is not None
             logits = penalize(logits, seen, self.penalty)
-        cold = self._urge(logits, None, lengths).argmax(-1)
+        chosen = self._urge(logits, slice(None), None, lengths).argmax(-1)
         if self.greedy:
-            return cold
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature[:, None]  # below 0: cannot overflow
-        ids = None
-        if self.narrows:
-            ids, logits = narrow(logits, self.top_k, self.top_p)
-        logits = self._urge(logits, ids, lengths)
-        drawn = draw(logits, torch.tensor(uniform, dtype=torch.float64, device=self.device))
-        if ids is not None:
-            drawn = ids.gather(-1, drawn[:, None])[:, 0]
-        return torch.where(self.cold, cold, drawn)
+            return chosen
+        numbers = torch.tensor(uniform, dtype=torch.float64, device=self.device)
+        for narrows, rows in self.drawn:
+            part, ids = logits[rows], None
+            part = (part - part.amax(-1, keepdim=True)) / self.temperature[rows][:, None]  # below 0: cannot overflow
+            if narrows:
+                ids, part = narrow(part, self.top_k[rows], self.top_p[rows])
+            places = draw(self._urge(part, rows, ids, lengths), numbers[rows])
+            chosen[rows] = places if ids is None else ids.gather(-1, places[:, None])[:, 0]
+        return chosen
 
-    def _urge(self, logits: Tensor, ids: Tensor | None, lengths: Sequence[int]) -> Tensor:
-        """Apply the length penalty to logits (B, K) of `ids` (None: of all), where any row is past its start."""
+    def _urge(self, logits: Tensor, rows: Tensor | slice, ids: Tensor | None, lengths: Sequence[int]) -> Tensor:
+        """Apply the length penalty to logits of `rows` and `ids` (None: of all), where any row is past its start."""
         if not self.urges:
             return logits
         past = [length - s.length_start for length, s in zip(lengths, self.samplings, strict=True)]
@@ -160,8 +176,8 @@ class Plan:
             self._stops = torch.zeros(logits.shape, dtype=torch.bool, device=self.device)
             for row, sampling in zip(self._stops, self.samplings):
                 row[[id for id in sampling.stop_ids if 0 <= id < len(row)]] = True
-        stops = self._stops if ids is None else self._stops.gather(-1, ids)
-        return urge(logits, stops, torch.tensor(past, device=self.device), self.length_penalty)
+        stops = self._stops[rows] if ids is None else self._stops[rows].gather(-1, ids)
+        return urge(logits, stops, torch.tensor(past, device=self.device)[rows], self.length_penalty[rows])
 
 
 def logprobs_of(logits: Tensor, ids: Tensor) -> Tensor:

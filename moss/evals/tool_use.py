@@ -35,6 +35,7 @@ from moss.config import option
 from moss.data.curriculum import KINDS
 from moss.data.talk import REFUSAL_MARKS
 from moss.engine import Engine, Sampling
+from moss.errors import UsageError
 from moss.evals import tool_cases
 from moss.evals.tool_cases import GSM8K, HAND, HAND_WRITTEN, LANGS, RELEASED, SCRIPTED, Case
 from moss.files import replacing
@@ -251,12 +252,12 @@ def collect(config: EvalTools) -> list[Case]:
         for name in chosen:
             kind, _, split = name.partition(":")
             if kind not in known or split not in ("", "held_out"):
-                raise ValueError(f"there is no set {name!r}; choose from {', '.join(known)}, or KIND:held_out")
+                raise UsageError(f"there is no set {name!r}; choose from {', '.join(known)}, or KIND:held_out")
             if name in (RELEASED, GSM8K) and config.data is None:
-                raise ValueError(f"the set {name} needs --data, the folder that holds its file")
+                raise UsageError(f"the set {name} needs --data, the folder that holds its file")
     langs = [lang.strip() for lang in config.langs.split(",")]
     if not set(langs) <= set(LANGS):
-        raise ValueError(f"languages are {', '.join(LANGS)}, not {config.langs!r}")
+        raise UsageError(f"languages are {', '.join(LANGS)}, not {config.langs!r}")
     cases: list[Case] = []
     for name in chosen:
         if name == HAND:
@@ -350,7 +351,7 @@ def main(config: EvalTools) -> int:
         if path is not None and path.is_dir():
             raise ValueError(f"{path} is a folder; name a file in it")
     if config.n < 1 or config.batch < 1:
-        raise ValueError(f"n is {config.n} and batch is {config.batch}; both must be at least 1")
+        raise UsageError(f"n is {config.n} and batch is {config.batch}; both must be at least 1")
     cases = collect(config)
     model, tok = load(config.model, dtype=config.dtype, device=config.device)
     started = time.perf_counter()

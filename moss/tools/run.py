@@ -42,8 +42,9 @@ from moss.engine.grammar import commands_grammar
 from moss.tokenizer import Tokenizer
 from moss.tools.base import MAX_CALLS, Call, Outcome, Tool, format_results, parse_commands, stream_calls
 
-SAMPLING = Sampling(temperature=0.7, top_p=0.8)  # as the released models were served
+SAMPLING = Sampling(temperature=0.7, top_p=0.8)  # of the released models' RELEASED, without penalty and time limit
 BROKEN = "the line of commands broke off, so nothing of it was run"
+NO_REPLY = "the model gave no reply; ask in another way"
 PASSES = 16  # seeds set aside for one turn: more than its passes, which are at most MAX_ROUNDS + 2
 
 
@@ -162,7 +163,7 @@ class Reply(Event):
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """Something the user should know: old turns left out, an answer that was cut."""
+    """Something the user should know: old turns left out, an answer that was cut or is empty."""
 
     type: ClassVar[str] = "notice"
     text: str
@@ -264,6 +265,8 @@ class _Turn:
         self.turn.reply = done.texts.get("reply", "")
         if not done.ended:
             yield cut(done.finish)
+        elif not self.turn.reply.strip():
+            yield Notice(NO_REPLY)
         timing = {
             "first_token": self.first_token,
             "tools": self.tool_seconds,

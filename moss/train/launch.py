@@ -29,6 +29,7 @@ from torch._dynamo.exc import TorchDynamoException
 from moss import checkpoint
 from moss.config import option, to_json
 from moss.data.pack import Packed
+from moss.errors import UsageError
 from moss.log import RunLog, note, span
 from moss.model import Decoder, num_parameters
 from moss.optim import Optimizers, make_optimizer, warmup_stable_decay
@@ -73,26 +74,26 @@ class Settings:
 
 
 def check(config: Settings) -> None:
-    """Refuse settings that cannot work, before anything is read or written."""
-    positive = ("batch_tokens", "length", "epochs", "lr", "matrix_lr")
+    """Refuse settings that cannot work, before anything is read or written: UsageError."""
+    positive = ("batch_tokens", "length", "epochs", "lr", "matrix_lr", "depth", "max_length")
     others = ("steps", "micro_tokens", "warmup", "save_every", "valid_every", "weight_decay", "clip", "seed")
     for name in positive + others:
-        value = getattr(config, name)
+        value = getattr(config, name, 1)  # the size of a new model is for one stage alone to choose
         if not 0 <= value < math.inf or (value == 0 and name in positive):
             least = "above 0" if name in positive else "0 or more"
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be {least}")
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {least}")
     if config.seed >= 2**63:
-        raise ValueError(f"--seed is {config.seed}; it must be below 2 to the power of 63")
+        raise UsageError(f"--seed is {config.seed}; it must be below 2 to the power of 63")
     step, row = config.batch_tokens, config.length
     micro = config.micro_tokens or step
     if row < 2 or step % row:
-        raise ValueError(f"--batch-tokens {step} must be a multiple of --length {row}, and that at least 2")
+        raise UsageError(f"--batch-tokens {step} must be a multiple of --length {row}, and that at least 2")
     if step % micro or micro % row:
-        raise ValueError(
+        raise UsageError(
             f"--micro-tokens {micro} must divide --batch-tokens {step} and be a multiple of --length {row}"
         )
     if config.decay > 1 or config.decay < 0:
-        raise ValueError(f"--decay is {config.decay}; it is a share of the steps, from 0 to 1")
+        raise UsageError(f"--decay is {config.decay}; it is a share of the steps, from 0 to 1")
 
 
 @contextmanager
@@ -112,16 +113,17 @@ def opened(config: Settings) -> Iterator[tuple[Path | None, loop.Stop]]:
 
 
 def check_fit(tokenizer: Tokenizer, model: Decoder, length: int, folder: Path | None = None) -> None:
-    """Refuse a tokenizer or a length that this model cannot take; `folder` is where the model came from."""
+    """Refuse a tokenizer or a length that this model cannot take, and damaged weights in `folder`, where it is from."""
     known = model.config.vocab_size
     if tokenizer.vocab_size > known:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {known}; use the model's own")
     if length > model.config.max_length:
         raise ValueError(f"--length {length} is more than the model's max_length {model.config.max_length}")
     if folder and (folder / "moss.json").is_file():
-        told = checkpoint.read_info(folder)["tokenizer_sha256"]
-        if told != tokenizer.sha256:
+        told = checkpoint.read_info(folder)
+        if told["tokenizer_sha256"] != tokenizer.sha256:
             raise ValueError(f"the tokenizer in {folder} is not the one that its model was trained with")
+        checkpoint.check_weights(folder, told)
 
 
 def train(
