@@ -140,7 +140,7 @@ def whole_step(model: Decoder, probe: Probe, rounds: int, tokens: int) -> dict[s
         for streams in STREAMS:
             together[streams] = round(statistics.median(decode_rate(engine, streams, tokens) for _ in range(3)), 1)
         read = min(two_turns(engine, PREFILL, 1)[0] for _ in range(3))
-        _, warm, cold = (statistics.median(times) for times in zip(*(two_turns(engine, HISTORY, 32) for _ in range(3))))
+        _, warm, cold = two_turns(engine, HISTORY, 32)
     return {
         "bytes": round(total),
         "tokens_per_s": [round(rate, 1) for rate in rates],
