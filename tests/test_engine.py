@@ -245,7 +245,12 @@ def test_ends_at_the_cache_limit(model: Decoder) -> None:
 
 @pytest.mark.parametrize(
     ("ids", "message"),
-    [([], "empty"), ([1] * 64, "at most 63 fit"), ([3, VOCAB], f"id {VOCAB} is not"), ([-1], "id -1 is not")],
+    [
+        ([], "empty"),
+        ([1] * 64, "at most 63 fit"),
+        ([3, VOCAB], f"id {VOCAB} in the prompt is not"),
+        ([-1], "id -1 in the prompt is not"),
+    ],
 )
 def test_bad_prompts(model: Decoder, ids: list[int], message: str) -> None:
     """A prompt that cannot work is refused at submit, with the value, not in the worker."""

@@ -36,7 +36,7 @@ from torch import Tensor
 from moss.engine.cache import Cache
 from moss.engine.fixed import WIDTH, Padded, fixed_runner
 from moss.engine.lookup import Account, Lookup
-from moss.engine.requests import EngineError, Grammar, Queue, Request, Stream, Token
+from moss.engine.requests import EngineError, Grammar, Queue, Request, Stream, Token, checked_prompt
 from moss.engine.sample import Plan, Sampling, logprobs_of
 from moss.engine.step import Runner, runner
 from moss.model import Decoder
@@ -107,15 +107,8 @@ class Engine:
         ValueError where the prompt is empty, holds an unknown id, or leaves no room for one token; QueueFull where
         too many requests wait; EngineError where the engine is closed.
         """
-        ids = list(ids)
         vocab_size = self.config.vocab_size
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one id")
-        if len(ids) >= self.max_length:
-            raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} fit, so shorten it")
-        if not 0 <= min(ids) <= max(ids) < vocab_size:
-            bad = next(id for id in ids if not 0 <= id < vocab_size)
-            raise ValueError(f"id {bad} is not in the model's vocabulary of {vocab_size}; is this its tokenizer?")
+        ids = checked_prompt(ids, self.max_length, vocab_size)
         if not 0 <= prefix <= len(ids):
             raise ValueError(f"prefix is {prefix}; the prompt has {len(ids)} ids")
         if not 0 <= logprobs <= vocab_size:
@@ -383,7 +376,7 @@ class Engine:
         elif request.following is not None:
             try:
                 request.following.advance(token.id)
-            except Exception as error:  # the caller's code, and not the neighbours' affair
+            except ValueError as error:
                 self._end(request, None, error)
 
     def _end(self, request: Request, finish: str | None, error: BaseException | None = None) -> None:
@@ -406,13 +399,11 @@ def _following(request: Request, vocab_size: int) -> tuple[Tensor | None, Except
     """Which ids a request's grammar allows next, bool (up to V,) or None for all; and why it must end, if it must."""
     try:
         mask = None if request.following is None else request.following.mask()
-        if mask is None:
-            return None, None
-        if not mask[:vocab_size].any():
-            raise EngineError("the grammar of this request allows no token to follow")
-        return mask[:vocab_size], None
-    except Exception as error:  # the caller's code, and not the neighbours' affair
+    except ValueError as error:
         return None, error
+    if mask is not None and not mask[:vocab_size].any():
+        return None, EngineError("the grammar of this request allows no token to follow")
+    return None if mask is None else mask[:vocab_size], None
 
 
 def _masked(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:

@@ -27,9 +27,9 @@ using i64 = int64_t;
 using bf16 = uint16_t;
 
 #if defined(__AVX512VNNI__)
-constexpr int LANES = 16;                        // floats a register
+constexpr int LANES = 16;      // floats a register
 constexpr int FLOAT_ROWS = 4;  // rows of W that 4 tokens or more meet at once: fewer loads, but slower in integers
-constexpr float SHIFT = 128;                     // dpbusd wants unsigned weights: int8 ones are read with this added
+constexpr float SHIFT = 128;   // dpbusd wants unsigned weights: int8 ones are read with this added
 #else
 #if defined(__AVX2__)
 constexpr int LANES = 8;
@@ -282,45 +282,40 @@ inline void tile_float(const Linear& l, i64 row, const Input& in, i64 token, flo
     }
 }
 
-template <int R, int N>
-inline void tile_int8(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[R][N]) {
-    const i64 groups = groups_of(l.cols), cols = groups * GROUP;
-    const int8_t *w = static_cast<const int8_t*>(l.weight) + row * cols, *x = in.codes + token * in.padded;
+template <int N>
+inline void tile_int8(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[N]) {
+    const i64 groups = groups_of(l.cols);
+    const int8_t *w = static_cast<const int8_t*>(l.weight) + row * groups * GROUP, *x = in.codes + token * in.padded;
     const float* scale = in.scale + token * in.groups;
-    vf acc[R][N] = {};
-    for (i64 g = 0; g < groups; g++)
-        EACH(t, N) EACH(r, R) {
-            const vi whole = dot8(w + r * cols + g * GROUP, x + t * in.padded + g * GROUP);
-            acc[r][t] = scaled(whole, scale[t * in.groups + g], acc[r][t]);
-        }
-    EACH(r, R) EACH(t, N)
-        y[r][t] = (sum(acc[r][t]) - in.total[token + t]) * static_cast<const float*>(l.scale)[row + r];
+    vf acc[N] = {};
+    for (i64 g = 0; g < groups; g++) EACH(t, N)
+        acc[t] = scaled(dot8(w + g * GROUP, x + t * in.padded + g * GROUP), scale[t * in.groups + g], acc[t]);
+    EACH(t, N) y[t] = (sum(acc[t]) - in.total[token + t]) * static_cast<const float*>(l.scale)[row];
 }
 
-template <int R, int N>
-inline void tile_int4(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[R][N]) {
-    const i64 groups = groups_of(l.cols), bytes = groups * (GROUP / 2);
-    const uint8_t* w = static_cast<const uint8_t*>(l.weight) + row * bytes;
+template <int N>
+inline void tile_int4(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[N]) {
+    const i64 groups = groups_of(l.cols);
+    const uint8_t* w = static_cast<const uint8_t*>(l.weight) + row * groups * (GROUP / 2);
     const bf16 *scales = static_cast<const bf16*>(l.scale) + row * groups;
     const bf16 *offsets = static_cast<const bf16*>(l.offset) + row * groups;
     const int8_t* x = in.codes + token * in.padded;
-    vf acc[R][N] = {};
+    vf acc[N] = {};
     for (i64 first = 0; first < groups; first += LANES) {  // the scales of LANES groups; beyond the last, x is 0
-        float step[R][N][LANES];
-        EACH(r, R) EACH(t, N) {
+        float step[N][LANES];
+        const vf scale = load(scales + first), offset = load(offsets + first);
+        EACH(t, N) {
             const i64 at = (token + t) * in.groups + first;
-            store(step[r][t], load(scales + r * groups + first) * load(in.scale + at));
-            acc[r][t] = fma(load(offsets + r * groups + first), load(in.sums + at), acc[r][t]);
+            store(step[t], scale * load(in.scale + at));
+            acc[t] = fma(offset, load(in.sums + at), acc[t]);
         }
         const i64 count = std::min<i64>(LANES, groups - first);
-        for (i64 g = 0; g < count; g++)
-            EACH(t, N) EACH(r, R) {
-                const uint8_t* part = w + r * bytes + (first + g) * (GROUP / 2);
-                const vi whole = dot4(part, x + t * in.padded + (first + g) * GROUP);
-                acc[r][t] = scaled(whole, step[r][t][g], acc[r][t]);
-            }
+        for (i64 g = 0; g < count; g++) {
+            const uint8_t* part = w + (first + g) * (GROUP / 2);
+            EACH(t, N) acc[t] = scaled(dot4(part, x + t * in.padded + (first + g) * GROUP), step[t][g], acc[t]);
+        }
     }
-    EACH(r, R) EACH(t, N) y[r][t] = sum(acc[r][t]);
+    EACH(t, N) y[t] = sum(acc[t]);
 }
 
 template <int K, int R, int N>
@@ -328,8 +323,8 @@ inline void tile(const Linear& l, i64 row, const Input& in, i64 token, float* ou
     float y[R][N];
     if constexpr (K == F32) tile_float<R, N, float>(l, row, in, token, y);
     else if constexpr (K == BF16) tile_float<R, N, bf16>(l, row, in, token, y);
-    else if constexpr (K == INT8) tile_int8<R, N>(l, row, in, token, y);
-    else tile_int4<R, N>(l, row, in, token, y);
+    else if constexpr (K == INT8) tile_int8<N>(l, row, in, token, y[0]);
+    else tile_int4<N>(l, row, in, token, y[0]);
     EACH(r, R) EACH(t, N) {
         float* to = out + (token + t) * stride + row + r;
         *to = y[r][t] + (l.bias ? l.bias[row + r] : 0) + (add ? *to : 0);

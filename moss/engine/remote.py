@@ -35,7 +35,7 @@ from typing import Any, Self, TypeVar, cast
 
 import httpx2
 
-from moss.engine.requests import EngineError, Grammar, Stream, Token
+from moss.engine.requests import EngineError, Grammar, Stream, Token, check_ids, checked_prompt
 from moss.engine.sample import Sampling
 
 KEY = "MOSS_API_KEY"
@@ -98,11 +98,10 @@ class Server:
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="moss-remote", daemon=True)
         self._thread.start()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
             self.name, length = self._model(name)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
         self.max_length = min(filter(None, (length, max_length)), default=MAX_LENGTH)
 
     def __enter__(self) -> Self:
@@ -275,7 +274,7 @@ class RemoteEngine(Server):
 
     def __init__(self, base_url: str, name: str | None = None, *, vocab_size: int | None = None, **values: Any) -> None:
         super().__init__(base_url, name, **values)
-        self.vocab_size = vocab_size
+        self.vocab_size = math.inf if vocab_size is None else vocab_size
 
     def submit(
         self,
@@ -292,12 +291,7 @@ class RemoteEngine(Server):
 
         ValueError where the prompt is empty, too long or holds an unknown id, or for a length penalty.
         """
-        ids = list(ids)
-        if not ids:
-            raise ValueError("the prompt is empty; give at least one id")
-        if len(ids) >= self.max_length:
-            raise ValueError(f"the prompt has {len(ids)} tokens; at most {self.max_length - 1} fit, so shorten it")
-        self._check(ids, "the prompt")
+        ids = checked_prompt(ids, self.max_length, self.vocab_size)
         if sampling.length_penalty != 1:
             raise ValueError(f"length_penalty is {sampling.length_penalty}; no server knows it, so leave it at 1")
         body = {
@@ -316,7 +310,7 @@ class RemoteEngine(Server):
             **({} if sampling.seed is None else {"seed": sampling.seed}),
         }
         stream = RemoteStream(len(ids))
-        answer = _Answer(stream, sampling.stop_ids, body["max_tokens"], logprobs, self._check)
+        answer = _Answer(stream, sampling.stop_ids, body["max_tokens"], logprobs, self.vocab_size)
         stream.stop = self._start(self._complete(body, answer, sampling.time_limit), stream._over)
         return stream
 
@@ -324,7 +318,7 @@ class RemoteEngine(Server):
         """The model's log-probability of ids[1:], each given all ids before it. EngineError where it does not tell."""
         if not 1 <= len(ids) <= self.max_length - 1:
             raise ValueError(f"{len(ids)} ids to score; give 1 to {self.max_length - 1}")
-        self._check(ids, "what is to be scored")
+        check_ids(ids, self.vocab_size, "what is to be scored")
         if len(ids) == 1:
             return []
         body = {"prompt": list(ids), "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0.0}
@@ -334,14 +328,6 @@ class RemoteEngine(Server):
         if len(values) < len(ids) - 1 or any(map(math.isnan, values)):
             raise EngineError(f"{self.url} does not score prompts; it sent {len(values)} of {len(ids) - 1} scores")
         return values
-
-    def _check(self, ids: Sequence[int], where: str) -> None:
-        """ValueError for an id that the tokenizer does not have."""
-        for id in ids:
-            if not 0 <= id < (self.vocab_size or math.inf):
-                raise ValueError(
-                    f"id {id} in {where} is not in the vocabulary of {self.vocab_size}; is this its model?"
-                )
 
     async def _complete(self, body: dict[str, Any], answer: _Answer, time_limit: float | None) -> str:
         """Ask for a completion, deliver it, and return why it ended."""
@@ -366,7 +352,7 @@ class _Answer:
     stop_ids: frozenset[int]
     max_tokens: int
     num_top: int
-    check: Callable[[Sequence[int], str], None]
+    vocab_size: float
     finish: str | None = None
     count: int = 0
     held: list[Token] = field(default_factory=list)
@@ -392,7 +378,7 @@ class _Answer:
         matched = choice.get("stop_reason", choice.get("matched_stop"))
         if isinstance(matched, int) and matched in self.stop_ids and matched not in [token.id for token in tokens]:
             tokens.append(Token(matched, math.nan))  # servers differ in whether the id that stops is part of the answer
-        self.check([token.id for token in tokens], "the answer")
+        check_ids([token.id for token in tokens], self.vocab_size, "the answer")
         for token in tokens:
             self.held.append(token)
             self.count += 1

@@ -11,7 +11,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from itertools import zip_longest
 from queue import SimpleQueue
@@ -42,7 +42,7 @@ class Token:
 
 
 class Following(Protocol):
-    """Where a grammar stands in one answer."""
+    """Where a grammar stands in one answer. A ValueError from here ends this answer alone."""
 
     def mask(self) -> Tensor | None:
         """Which ids may come next, bool (V,) on the CPU; None where all may."""
@@ -93,6 +93,24 @@ class Stream:
         self.position = 0
         self.finish, self._error = finish, error
         self._tokens.put(None)
+
+
+def checked_prompt(ids: Sequence[int], max_length: int, vocab_size: float) -> list[int]:
+    """The prompt as a list. ValueError where it is empty, leaves no room for one token, or holds an unknown id."""
+    ids = list(ids)
+    if not ids:
+        raise ValueError("the prompt is empty; give at least one id")
+    if len(ids) >= max_length:
+        raise ValueError(f"the prompt has {len(ids)} tokens; at most {max_length - 1} fit, so shorten it")
+    check_ids(ids, vocab_size, "the prompt")
+    return ids
+
+
+def check_ids(ids: Sequence[int], vocab_size: float, where: str) -> None:
+    """ValueError for an id that the model does not have; `where` it stood is said."""
+    for id in ids:
+        if not 0 <= id < vocab_size:
+            raise ValueError(f"id {id} in {where} is not in the vocabulary of {vocab_size}; is this its tokenizer?")
 
 
 @dataclass(eq=False)
