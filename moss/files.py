@@ -52,7 +52,7 @@ def json_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; ValueError says what is wrong with it."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is broken (it is not JSON: {error}); copy it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{file} is broken (it must hold a JSON object); copy it again")
