@@ -22,6 +22,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import math
 import sys
 import threading
 import time
@@ -35,9 +36,10 @@ from torch import Tensor
 
 from moss.engine.cache import Cache
 from moss.engine.fixed import WIDTH, Padded, fixed_runner
+from moss.engine.kernels import rest
 from moss.engine.lookup import Account, Lookup
 from moss.engine.requests import EngineError, Grammar, Queue, Request, Stream, Token, checked_prompt
-from moss.engine.sample import Plan, Sampling, logprobs_of
+from moss.engine.sample import Sampling, choose, logprobs_of
 from moss.engine.step import Runner, runner
 from moss.model import Decoder
 
@@ -116,6 +118,7 @@ class Engine:
         lookup = Lookup(self._account) if self.lookup else None
         request = Request(ids, sampling, conversation, owner, grammar, logprobs, prefix, lookup)
         self._wake(lambda: self._waiting.put(request))
+        rest()
         return request.stream
 
     def forget(self, conversation: Hashable) -> None:
@@ -173,7 +176,6 @@ class Engine:
         """Nothing runs, nothing is remembered."""
         config = self.config
         self._reading: deque[Request] = deque()  # they have a row, and their prompts are read in turns
-        self._plan: Plan | None = None  # of the rows that decode; None after any of them joined or left
         self._cache = Cache(
             config.num_layers,
             config.num_kv_heads,
@@ -188,7 +190,6 @@ class Engine:
 
     def _release(self) -> None:
         """Let go of all that is large; nothing can run afterwards."""
-        self._plan = None
         del self.model, self.runner, self._cache
 
     def _work(self) -> bool:
@@ -262,9 +263,8 @@ class Engine:
                 self._cache.keep(slot, request.prefix)
                 self._cache.join(slot)
                 self._reading.remove(request)
-                self._plan = None
                 budget = min(budget, SHARED_PIECE)
-                self._choose([request], Plan([request.sampling], self.device), self._logits(hidden))
+                self._choose([request], self._logits(hidden))
 
     def _admit(self) -> None:
         """Give a waiting request a row, if anybody waits, a row is free and few prompts are being read."""
@@ -283,11 +283,9 @@ class Engine:
         """One token for every request that is under way; several for one that is alone and copies."""
         live = self._cache.live
         requests: list[Request] = [slot.user for slot in live]
-        if self._plan is None:
-            self._plan = Plan([request.sampling for request in requests], self.device)
         lookup = requests[0].lookup if len(requests) == 1 else None
         if lookup is not None:
-            self._look_up(requests[0], lookup, self._plan)
+            self._look_up(requests[0], lookup)
             return
         logits = []
         for part in (live[first : first + self.most] for first in range(0, len(live), self.most)):
@@ -296,9 +294,9 @@ class Engine:
             logits.append(self._logits(hidden[:, -1]))
             for slot, id in zip(part, last):
                 slot.ids.append(id)
-        self._choose(requests, self._plan, logits[0] if len(logits) == 1 else torch.cat(logits))
+        self._choose(requests, logits[0] if len(logits) == 1 else torch.cat(logits))
 
-    def _look_up(self, request: Request, lookup: Lookup, plan: Plan) -> None:
+    def _look_up(self, request: Request, lookup: Lookup) -> None:
         """Read the last token and a guess of what follows in one pass, and go as far as the guess was right.
 
         Each token is chosen exactly as it would be step by step; keys of guesses that were wrong are overwritten.
@@ -318,7 +316,7 @@ class Engine:
             accepted = place
             stream.accepted += place > 0
             slot.ids.append(id)
-            self._choose([request], plan, logits[place : place + 1])
+            self._choose([request], logits[place : place + 1])
         seconds = time.perf_counter() - started
         if draft:
             lookup.passed(accepted, seconds)
@@ -334,23 +332,25 @@ class Engine:
     def _logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (B, D) -> scores (B, V) in float32."""
         logits = self.runner.logits(hidden).float()
-        if not logits.isfinite().all():
+        if not all(map(math.isfinite, torch.stack(logits.aminmax()).tolist())):
             raise EngineError(
                 f"the model's scores are not finite: its weights are damaged, or too large for {self.dtype}"
             )
         return logits
 
-    def _choose(self, requests: Sequence[Request], plan: Plan, logits: Tensor) -> None:
+    def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Pick the next token of each row from its scores (B, V) and deliver it."""
-        seen = None
-        if plan.penalizes:
-            nothing = logits.new_zeros(logits.shape[-1], dtype=torch.bool)
-            seen = torch.stack([nothing if request.seen is None else request.seen for request in requests])
-        uniform = [] if plan.greedy else [request.random.random() for request in requests]
         masks, errors = zip(*(_following(request, logits.shape[-1]) for request in requests))
-        chosen = plan.choose(_masked(logits, masks), seen, uniform, [request.num_new for request in requests])
+        ids = choose(
+            _masked(logits, masks),
+            [request.sampling for request in requests],
+            [request.random.random() for request in requests],
+            seen=[request.seen for request in requests],
+            lengths=[request.num_new for request in requests],
+        )
         tops = self._tops(logits, max(request.num_top for request in requests))
-        told = zip(requests, errors, chosen.tolist(), logprobs_of(logits, chosen).tolist(), tops)
+        logprobs = logprobs_of(logits, torch.tensor(ids, device=self.device)).tolist()
+        told = zip(requests, errors, ids, logprobs, tops)
         for request, error, id, logprob, top in told:
             if error is None:
                 self._deliver(request, Token(id, logprob, top[: request.num_top]))
@@ -389,7 +389,6 @@ class Engine:
                 self._reading.remove(request)
             else:
                 self._cache.leave(slot)
-                self._plan = None
             self._cache.release(slot)
             self._waiting.returned()
         request.stream._end(finish, error)

@@ -28,7 +28,7 @@ using bf16 = uint16_t;
 
 #if defined(__AVX512VNNI__)
 constexpr int LANES = 16;      // floats a register
-constexpr int FLOAT_ROWS = 4;  // rows of W that 4 tokens or more meet at once: fewer loads, but slower in integers
+constexpr int ROWS = 4;        // rows of W that 4 tokens or more meet at once
 constexpr float SHIFT = 128;   // dpbusd wants unsigned weights: int8 ones are read with this added
 #else
 #if defined(__AVX2__)
@@ -36,10 +36,11 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int FLOAT_ROWS = 3;
+constexpr int ROWS = 2;
 constexpr float SHIFT = 0;
 #endif
 constexpr int CHAINS = 2;  // sums of one row that run side by side
+constexpr i64 AHEAD = 2048;  // bytes before a row of int4 is needed that it is called for: its arithmetic is slower
 constexpr int SPINS = 2000;  // looks at a barrier, some 50 us, before a thread goes to sleep there
 constexpr i64 FEW = 1 << 19;  // products that one thread does sooner than two meet, where cores are busy
 constexpr i64 GROUP = 128, PADDING = 16, BLOCK = 64;  // columns a scale; groups a load reads; keys a softmax piece
@@ -178,7 +179,8 @@ inline float sum(vf v) {
     return v[0];
 }
 #endif
-inline vf scaled(vi whole, float scale, vf acc) { return fma(__builtin_convertvector(whole, vf), vf{} + scale, acc); }
+inline vf splat(float value) { return value - vf{}; }  // "+" would have to add: it turns -0 into 0
+inline vf scaled(vi whole, float scale, vf acc) { return fma(__builtin_convertvector(whole, vf), splat(scale), acc); }
 
 inline float fast_exp(float x) {  // relative error below 2e-7; a polynomial that compilers turn into vectors
     x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
@@ -259,8 +261,9 @@ struct Input {
     }
 };
 
-// y[r][t] of R rows of W and N tokens from `token`. Rows are read from their beginning to their end and then the next
-// ones: only so do the hardware's prefetchers keep up with memory.
+// y[r][t] of R rows of W and N tokens from `token`. With one token rows are read from their beginning to their end and
+// then the next ones: only so do the hardware's prefetchers keep up with memory. Where several rows are read at a time
+// the next ones are called for while they are.
 template <int R, int N, class W>
 inline void tile_float(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[R][N]) {
     const W* w = static_cast<const W*>(l.weight) + row * l.cols;
@@ -270,7 +273,10 @@ inline void tile_float(const Linear& l, i64 row, const Input& in, i64 token, flo
     for (; i + CHAINS * LANES <= l.cols; i += CHAINS * LANES)
         EACH(c, CHAINS) {
             vf part[R];
-            EACH(r, R) part[r] = load(w + r * l.cols + i + c * LANES);
+            EACH(r, R) {
+                part[r] = load(w + r * l.cols + i + c * LANES);
+                if (R > 1) __builtin_prefetch(w + (R + r) * l.cols + i + c * LANES);
+            }
             EACH(t, N) {
                 const vf value = load(x + t * in.stride + i + c * LANES);
                 EACH(r, R) acc[c][r][t] = fma(part[r], value, acc[c][r][t]);
@@ -282,40 +288,53 @@ inline void tile_float(const Linear& l, i64 row, const Input& in, i64 token, flo
     }
 }
 
-template <int N>
-inline void tile_int8(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[N]) {
-    const i64 groups = groups_of(l.cols);
-    const int8_t *w = static_cast<const int8_t*>(l.weight) + row * groups * GROUP, *x = in.codes + token * in.padded;
+template <int R, int N>
+inline void tile_int8(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[R][N]) {
+    const i64 groups = groups_of(l.cols), width = groups * GROUP;
+    const int8_t *w = static_cast<const int8_t*>(l.weight) + row * width, *x = in.codes + token * in.padded;
     const float* scale = in.scale + token * in.groups;
-    vf acc[N] = {};
-    for (i64 g = 0; g < groups; g++) EACH(t, N)
-        acc[t] = scaled(dot8(w + g * GROUP, x + t * in.padded + g * GROUP), scale[t * in.groups + g], acc[t]);
-    EACH(t, N) y[t] = (sum(acc[t]) - in.total[token + t]) * static_cast<const float*>(l.scale)[row];
+    vf acc[R][N] = {};
+    for (i64 g = 0; g < groups; g++) {
+        const int8_t* part = w + g * GROUP;
+        if (R > 1) EACH(r, R) EACH(half, 2) __builtin_prefetch(part + (R + r) * width + half * (GROUP / 2));
+        EACH(t, N) EACH(r, R) {
+            const vi whole = dot8(part + r * width, x + t * in.padded + g * GROUP);
+            acc[r][t] = scaled(whole, scale[t * in.groups + g], acc[r][t]);
+        }
+    }
+    EACH(r, R) EACH(t, N)
+        y[r][t] = (sum(acc[r][t]) - in.total[token + t]) * static_cast<const float*>(l.scale)[row + r];
 }
 
-template <int N>
-inline void tile_int4(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[N]) {
-    const i64 groups = groups_of(l.cols);
-    const uint8_t* w = static_cast<const uint8_t*>(l.weight) + row * groups * (GROUP / 2);
+template <int R, int N>
+inline void tile_int4(const Linear& l, i64 row, const Input& in, i64 token, float (&y)[R][N]) {
+    const i64 groups = groups_of(l.cols), width = groups * (GROUP / 2);
+    const uint8_t* w = static_cast<const uint8_t*>(l.weight) + row * width;
     const bf16 *scales = static_cast<const bf16*>(l.scale) + row * groups;
     const bf16 *offsets = static_cast<const bf16*>(l.offset) + row * groups;
     const int8_t* x = in.codes + token * in.padded;
-    vf acc[N] = {};
+    vf acc[R][N] = {};
     for (i64 first = 0; first < groups; first += LANES) {  // the scales of LANES groups; beyond the last, x is 0
-        float step[N][LANES];
-        const vf scale = load(scales + first), offset = load(offsets + first);
-        EACH(t, N) {
-            const i64 at = (token + t) * in.groups + first;
-            store(step[t], scale * load(in.scale + at));
-            acc[t] = fma(offset, load(in.sums + at), acc[t]);
+        float step[R][N][LANES];
+        EACH(r, R) {
+            const vf scale = load(scales + r * groups + first), offset = load(offsets + r * groups + first);
+            EACH(t, N) {
+                const i64 at = (token + t) * in.groups + first;
+                store(step[r][t], scale * load(in.scale + at));
+                acc[r][t] = fma(offset, load(in.sums + at), acc[r][t]);
+            }
         }
         const i64 count = std::min<i64>(LANES, groups - first);
         for (i64 g = 0; g < count; g++) {
             const uint8_t* part = w + (first + g) * (GROUP / 2);
-            EACH(t, N) acc[t] = scaled(dot4(part, x + t * in.padded + (first + g) * GROUP), step[t][g], acc[t]);
+            EACH(r, R) __builtin_prefetch(part + (R > 1 ? (R + r) * width : AHEAD));
+            EACH(t, N) EACH(r, R) {
+                const vi whole = dot4(part + r * width, x + t * in.padded + (first + g) * GROUP);
+                acc[r][t] = scaled(whole, step[r][t][g], acc[r][t]);
+            }
         }
     }
-    EACH(t, N) y[t] = sum(acc[t]);
+    EACH(r, R) EACH(t, N) y[r][t] = sum(acc[r][t]);
 }
 
 template <int K, int R, int N>
@@ -323,8 +342,8 @@ inline void tile(const Linear& l, i64 row, const Input& in, i64 token, float* ou
     float y[R][N];
     if constexpr (K == F32) tile_float<R, N, float>(l, row, in, token, y);
     else if constexpr (K == BF16) tile_float<R, N, bf16>(l, row, in, token, y);
-    else if constexpr (K == INT8) tile_int8<N>(l, row, in, token, y[0]);
-    else tile_int4<N>(l, row, in, token, y[0]);
+    else if constexpr (K == INT8) tile_int8<R, N>(l, row, in, token, y);
+    else tile_int4<R, N>(l, row, in, token, y);
     EACH(r, R) EACH(t, N) {
         float* to = out + (token + t) * stride + row + r;
         *to = y[r][t] + (l.bias ? l.bias[row + r] : 0) + (add ? *to : 0);
@@ -342,9 +361,8 @@ inline void tiles(const Linear& l, i64 row, const Input& in, i64 n, float* out, 
 template <int K>
 __attribute__((noinline)) void rows_of(
     const Linear& l, i64 first, i64 last, const Input& in, i64 n, float* out, i64 stride, bool add) {
-    constexpr int R = K < INT8 ? FLOAT_ROWS : 1;
     i64 row = first;
-    for (; n >= 4 && row + R <= last; row += R) tiles<K, R>(l, row, in, n, out, stride, add);
+    for (; n >= 4 && row + ROWS <= last; row += ROWS) tiles<K, ROWS>(l, row, in, n, out, stride, add);
     for (; row < last; row++) tiles<K, 1>(l, row, in, n, out, stride, add);
 }
 
@@ -463,20 +481,30 @@ struct Attention {
         for (i64 i = 0; i < group; i++)
             for (i64 j = 0; j < dim; j++) to[i * dim + j] /= total[i];
     }
+    // Some registers of a head's output so far, and the values of the block; those of the next one are called for.
+    template <int C>
+    void blend(const float* score, i64 count, float fade, float* to, const T* values) {
+        vf acc[C];
+        EACH(c, C) acc[c] = load(to + c * LANES) * fade;
+        for (i64 s = 0; s < count; s++) EACH(c, C) {
+            const T* value = values + s * dim + c * LANES;
+            acc[c] = fma(load(value), splat(score[s]), acc[c]);
+            __builtin_prefetch(value + BLOCK * dim);
+        }
+        EACH(c, C) store(to + c * LANES, acc[c]);
+    }
     void weigh(float* score, i64 count, i64 head, float* to, const T* values) {
         const float scale = 1 / std::sqrt(float(dim));
         float top = most[head], part = 0;
+#pragma omp simd reduction(max : top)
         for (i64 s = 0; s < count; s++) score[s] *= scale, top = score[s] > top ? score[s] : top;
         const float fade = fast_exp(most[head] - top);
 #pragma omp simd reduction(+ : part)
         for (i64 s = 0; s < count; s++) part += score[s] = fast_exp(score[s] - top);
         most[head] = top, total[head] = total[head] * fade + part;
         i64 j = 0;
-        for (; j + LANES <= dim; j += LANES) {
-            vf acc = load(to + j) * fade;
-            for (i64 s = 0; s < count; s++) acc = fma(load(values + s * dim + j), vf{} + score[s], acc);
-            store(to + j, acc);
-        }
+        for (; j + 4 * LANES <= dim; j += 4 * LANES) blend<4>(score, count, fade, to + j, values + j);
+        for (; j + LANES <= dim; j += LANES) blend<1>(score, count, fade, to + j, values + j);
         for (; j < dim; j++) {
             to[j] *= fade;
             for (i64 s = 0; s < count; s++) to[j] += widen(values[s * dim + j]) * score[s];

@@ -20,6 +20,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import threading
 from ctypes import POINTER, Structure, c_double, c_int64, c_void_p
@@ -139,6 +140,17 @@ def describe(weight: Tensor, bias: Tensor | None = None) -> Linear:
     )
 
 
+def rest() -> None:
+    """End the threads that OpenMP keeps for the calling thread; its next operation starts them anew.
+
+    Where a process has more of such threads than processors, GNU's OpenMP sends all of them to sleep between two
+    operations. To wake them takes longer than a small operation: decode in another thread then runs at half its speed.
+    """
+    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None) if sys.platform == "linux" else None
+    if pause is not None:
+        pause(1)
+
+
 _lock = threading.Lock()
 
 
@@ -165,9 +177,9 @@ def paths() -> list[str]:
 def _library(path: str) -> Library | None:
     if path not in paths():
         raise ValueError(f"this CPU has no path {path!r}, it has {paths()}")
-    compiler = next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    compiler = next(filter(None, map(shutil.which, ("g++", "c++"))), None)
     if compiler is None:
-        note("No C++ compiler was found (install g++ or clang++): PyTorch computes instead, several times slower.")
+        note("No C++ compiler was found (install g++): PyTorch computes instead, several times slower.")
         return None
     flags = [*FLAGS, *(f"-m{flag.replace('_', '')}" for flag in PATHS[path])]
     try:
