@@ -37,7 +37,7 @@ from moss.weights import save_model
 SIZES: dict[str, Any] = {"vocab_size": 32_000, "num_layers": 24, "hidden": 1024, "num_heads": 16, "max_length": 2048}
 SHAPES = {"llama": ModelConfig(**SIZES, ffn=2816), "moss": ModelConfig(**SIZES, family="moss", rotary_dim=32)}
 WIDTHS = ("float32", "bfloat16", "int8", "int4")
-STREAMS = (1, 2, 4, 8, 16)
+STREAMS = (2, 4, 8)
 PREFILL, HISTORY = 512, 1500  # tokens of a prompt, and of a first turn
 
 # The second probe, and all linear layers of a token in one call: a call from Python costs as much as a small layer.
@@ -130,13 +130,14 @@ def linears_alone(model: Decoder, fast: Step, probe: Probe, rounds: int) -> dict
 def whole_step(model: Decoder, probe: Probe, rounds: int, tokens: int) -> dict[str, Any]:
     """Steps as users get them: through the engine, sampling included; alone against the bound, then several at once."""
     total = weight_bytes(model) + cache_bytes(model, START + tokens / 2)
-    rates, shares, together = [], [], {}
+    rates, shares = [], []
     with Engine(model, lookup=False) as engine:
         decode_rate(engine, 1, 4)
         for _ in range(rounds):
             bound = probe()
             rates.append(decode_rate(engine, 1, tokens))
             shares.append(rates[-1] * total / 1e9 / max(bound, probe()))
+        together = {1: round(statistics.median(rates), 1)}
         for streams in STREAMS:
             together[streams] = round(statistics.median(decode_rate(engine, streams, tokens) for _ in range(3)), 1)
         read = min(two_turns(engine, PREFILL, 1)[0] for _ in range(3))
@@ -298,7 +299,7 @@ def compared(rows: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of one measurement")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens of one measurement")
     parser.add_argument("--families", default=",".join(SHAPES))
     parser.add_argument("--widths", default=",".join(WIDTHS))
     parser.add_argument("--peers", action="store_true", help="also ask transformers and llama.cpp where installed")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moss.engine import Engine, Sampling, Stream, engine, lookup
-from moss.engine.lookup import DRAFT, PAUSE, TRIALS, Account, Lookup
+from moss.engine.lookup import DRAFT, LONGEST, PAUSE, TRIALS, Account, Lookup
 from moss.model import Decoder
 from tests.fakes import toy_model
 
@@ -36,32 +36,32 @@ def test_pauses_where_it_loses() -> None:
     drafts.stepped(1.0)
 
     def pause(accepted: int) -> int:
-        assert drafts.propose(text, 9)
-        drafts.passed(accepted, 3.0)
+        for _ in range(TRIALS):
+            assert drafts.propose(text, 9)
+            drafts.passed(accepted, 3.0)
         steps = 0
         while not drafts.propose(text, 9):
             steps += 1
         return steps
 
-    assert [pause(0) for _ in range(TRIALS)] == [*[0] * (TRIALS - 1), PAUSE]
-    assert pause(0) == 2 * PAUSE
-    while pause(DRAFT):
-        pass
+    assert [pause(0) for _ in range(3)] == [PAUSE, 2 * PAUSE, 4 * PAUSE]
     assert [pause(DRAFT) for _ in range(3)] == [0, 0, 0]
+    assert [pause(0) for _ in range(9)][-1] == LONGEST
 
 
 def test_the_next_request_knows_what_the_last_one_learnt() -> None:
-    """Every pass of every turn paid for trials of its own before it saw that drafts lose."""
+    """Every pass of every turn paid for a trial of its own before it saw again that drafts lose."""
     account, text = Account(), [6, 7, 6, 7, 6, 7]
     tried = []
-    for _ in range(3):
+    for _ in range(6):  # answers of ten steps
         drafts = Lookup(account)
         drafts.stepped(1.0)
         tried.append(0)
-        while drafts.propose(text, 9):
-            drafts.passed(0, 3.0)
-            tried[-1] += 1
-    assert tried == [TRIALS, 1, 1]
+        for _ in range(10):
+            if drafts.propose(text, 9):
+                drafts.passed(0, 3.0)
+                tried[-1] += 1
+    assert TRIALS == 3 and tried == [3, 1, 2, 0, 0, 3]  # after pauses of 16 and of 32 steps
 
 
 def test_a_step_is_measured_before_drafts_are_judged() -> None:

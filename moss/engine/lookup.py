@@ -4,10 +4,11 @@ Answers copy a lot: results of tools, quotes, names, code. Where the last few id
 or in the answer, the ids that came after them are a draft that costs nothing. The engine reads the whole draft in
 one pass and keeps it as far as the model would have said the same (Saxena 2023, "Prompt Lookup Decoding"; Leviathan
 et al. 2023, arXiv 2211.17192). Every token is still chosen from the model's own scores with the request's own random
-numbers, so a draft can change the speed of an answer and nothing else.
+numbers, so a draft changes the speed of an answer and nothing else, as long as a token's scores do not depend on its
+company: in our kernels and with `deterministic` they do not; elsewhere a near tie may fall the other way.
 
-A pass over a draft costs more than a step, so the engine keeps account of what both cost and what drafts bring, and a
-request pauses where it loses: twice as long each time.
+A pass over a draft costs more than a step, so the engine keeps account of what both cost and what drafts bring, and
+pauses where they lose: for all its requests, twice as long each time.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 NGRAM = 3  # ids that must have stood together before
 DRAFT = 7  # ids guessed at once: with the id before them a pass of eight
 TRIALS = 3  # drafts that are tried before they are judged
-PAUSE = 16  # steps without drafts after a first loss
+PAUSE, LONGEST = 16, 1024  # steps without drafts after a first loss, and at most
 MEMORY = 0.8  # share of the past in the running means
 
 
@@ -27,6 +28,7 @@ class Account:
     def __init__(self) -> None:
         self.trials = 0
         self.step = self.draft = self.gain = 0.0  # running means: seconds a step and a pass, tokens a pass
+        self.wait, self.pause = 0, PAUSE  # steps until drafts are tried again; how long the next pause is
 
 
 class Lookup:
@@ -36,16 +38,15 @@ class Lookup:
         self.account = Account() if account is None else account
         self._follows: dict[tuple[int, ...], int] = {}  # n-gram -> where the id after its last occurrence stands
         self._known = NGRAM  # n-grams that end before this place are known
-        self._wait, self._pause = 0, PAUSE
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """Up to `most` ids that may follow `ids`, prompt and answer so far; none where nothing is known or it loses."""
+        if self.account.wait > 0:
+            self.account.wait -= 1
+            return []
         for place in range(self._known, len(ids)):
             self._follows[tuple(ids[place - NGRAM : place])] = place
         self._known = max(self._known, len(ids))
-        if self._wait > 0:
-            self._wait -= 1
-            return []
         start = self._follows.get(tuple(ids[-NGRAM:]))
         if start is None:
             return []
@@ -64,11 +65,12 @@ class Lookup:
         if account.trials < TRIALS:
             return
         if account.step == 0:
-            self._wait = 1  # to see what a step costs
+            account.wait = 1  # to see what a step costs
         elif account.gain * account.step < account.draft:
-            self._wait, self._pause = self._pause, 2 * self._pause
+            account.wait, account.pause = account.pause, min(2 * account.pause, LONGEST)
+            account.trials, account.gain = 0, 0.0  # by then other things may be said
         else:
-            self._pause = PAUSE
+            account.pause = PAUSE
 
 
 def _mean(mean: float, value: float) -> float:
