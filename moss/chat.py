@@ -32,6 +32,7 @@ import codecs
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 from moss.tokenizer import Tokenizer
@@ -183,19 +184,25 @@ def trim(
     switches: Mapping[str, Switch] = SWITCHES,
     form: Form = "plugin",
 ) -> tuple[Dialog, int]:
-    """Drop the oldest whole turns until the prompt fits `max_length` tokens; returns (dialog, turns dropped).
+    """Drop the oldest whole turns where the prompt exceeds `max_length` tokens; returns (dialog, turns dropped).
 
-    The meta instruction and the last turn always stay; `TooLong` if these alone do not fit.
+    They go in steps of about half of the room, which end where the lengths of the old turns alone put them: so a
+    conversation that grows begins at the same turn until it is full again, and the cache knows that beginning, be it
+    trimmed from the whole or from what was left the last time. They go one by one where the last turn alone takes
+    more than half. It and the meta instruction always stay; `TooLong` if these do not fit.
     """
     head, turns = _pieces(dialog, tok, until, switches, form)
-    lengths = [_length(turn) for turn in turns]
-    total, dropped = _length(head) + sum(lengths), 0
-    while total > max_length:
-        if dropped >= len(turns) - 1:
-            raise TooLong(f"question and meta instruction take {total} tokens, {max_length} are left: shorten them")
-        total -= lengths[dropped]
-        dropped += 1
-    return (replace(dialog, turns=dialog.turns[dropped:]) if dropped else dialog), dropped
+    tails = list(accumulate(_length(turn) for turn in reversed(turns)))[::-1]  # tokens from each turn to the end
+    room, last = max_length - _length(head), len(turns) - 1
+    if tails[last] > room:
+        total = _length(head) + tails[last]
+        raise TooLong(f"question and meta instruction take {total} tokens, {max_length} are left: shorten them")
+    cut, step = 0, room // 2 if tails[last] <= room // 2 else 0
+    while (before := tails[cut]) > room:
+        cut += 1
+        while cut < last and before - tails[cut + 1] <= step:
+            cut += 1
+    return (replace(dialog, turns=dialog.turns[cut:]) if cut else dialog), cut
 
 
 def _length(pieces: Iterable[_Piece]) -> int:

@@ -76,6 +76,22 @@ def test_long_common_beginning_is_copied() -> None:
     assert held(cache, first) == [*meta, 50, 51] and held(cache, second) == [*meta, 60, 61]
 
 
+def test_a_row_that_is_read_takes_what_others_read() -> None:
+    """Two prompts that begin alike and are read by turns: each goes on where the other is, and loses nothing."""
+    cache = make()
+    meta = list(range(100))
+    one, two = [*meta, 200, 201], [*meta, 210, 211]
+    a, b = get(cache, one), get(cache, two)
+    fill(cache, a, one[:30])
+    for slot, ids, held_before, read_to in ((b, two, 30, 60), (a, one, 60, 90), (b, two, 90, 91), (a, one, 90, 101)):
+        assert cache.reuse(slot, ids) == len(slot.ids) == held_before
+        fill(cache, slot, ids[:read_to])
+        assert held(cache, slot) == ids[:read_to]
+    assert cache.reuse(a, one) == 101  # what b has is shorter
+    assert cache.reuse(b, two) == 91 and held(cache, b) == two[:91]  # nine more are cheaper read than copied
+    assert held(cache, a) == one[:101]
+
+
 def test_kept_beginning_outlives_its_row() -> None:
     """With one row, the next conversation overwrites the meta instruction, which must then come from what was kept."""
     cache = make(slots=1)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from dataclasses import replace
 from itertools import groupby, pairwise
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -310,6 +313,32 @@ def test_trim_drops_the_oldest(tok: Tokenizer) -> None:
     assert dialog.turns == turns
     with pytest.raises(TooLong, match=f"take {sizes[2]} tokens"):
         trim(dialog, tok, sizes[2] - 1)
+
+
+def test_trim_stays_where_it_cut(tok: Tokenizer) -> None:
+    """A conversation that begins at another turn in every pass is read anew in every pass; and trimming what was left
+    must give what trimming the whole gives, or the second pass of a turn begins elsewhere than the next turn."""
+    rng = random.Random(0)
+    turns = [Turn("a" * rng.randrange(1, 40), [], "b" * rng.randrange(1, 40)) for _ in range(60)]
+    limit, cuts = 900, [0]
+    for number, turn in enumerate(turns):
+        left = whole = Dialog("M", {}, [*turns[:number], replace(turn, reply="")])
+        for until in get_args(Until):
+            rest, dropped = trim(whole, tok, limit, until=until)
+            left, _ = trim(left, tok, limit, until=until)
+            assert left == rest == replace(whole, turns=whole.turns[dropped:])
+            size = len(render(rest, tok, until=until, max_length=limit)[0])
+            if dropped != cuts[-1]:
+                assert dropped > cuts[-1] and 0.4 * limit < size < 0.7 * limit
+                cuts.append(dropped)
+    assert 5 <= len(cuts) <= 12
+
+
+def test_long_question_leaves_what_fits(tok: Tokenizer) -> None:
+    """A question of more than half the room must not throw out all that was said before it."""
+    turns = [*[Turn("a", [], "b")] * 6, Turn("c" * 300)]
+    sizes = [len(render(Dialog("M", {}, turns[n:]), tok, until="thoughts")[0]) for n in range(7)]
+    assert [trim(Dialog("M", {}, turns), tok, size)[1] for size in sizes] == list(range(7))
 
 
 def test_what_cannot_be_rendered(tok: Tokenizer) -> None:

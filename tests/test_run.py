@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer as Backend
 
 from moss.chat import SWITCHES, Dialog, Round, Switch, Turn, instruction, render
@@ -403,6 +404,79 @@ def test_bad_rounds() -> None:
     """More rounds than the format has would fail in the middle of a turn."""
     with pytest.raises(ValueError, match="max_rounds is 5"):
         Options(max_rounds=5)
+
+
+class Script:
+    """A grammar that allows nothing but the given ids, one after the other."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        self.ids = list(ids)
+
+    def start(self) -> Script:
+        return Script(self.ids)
+
+    def mask(self) -> torch.Tensor:
+        mask = torch.zeros(self.ids[0] + 1, dtype=torch.bool)
+        mask[self.ids[0]] = True
+        return mask
+
+    def advance(self, id: int) -> None:
+        self.ids.pop(0)
+
+
+class Led(Engine):
+    """The real engine, whose model is made to write the given passes; keeps the prompts and the streams."""
+
+    def __init__(self, tok: Tokenizer, max_length: int, **values: Any) -> None:
+        super().__init__(toy_model(vocab_size=tok.vocab_size, max_length=max_length), **values)
+        self.answers: list[list[int]] = []
+        self.prompts: list[list[int]] = []
+        self.streams: list[Stream] = []
+
+    def submit(self, ids: Sequence[int], *args: Any, **kwargs: Any) -> Stream:
+        self.prompts.append(list(ids))
+        self.streams.append(super().submit(ids, *args, **kwargs | {"grammar": Script(self.answers.pop(0))}))
+        return self.streams[-1]
+
+
+def test_second_pass_reads_what_is_new(tok: Tokenizer) -> None:
+    """Between the halves of a tool turn only the results may be read: neither the conversation again, nor what the
+    model wrote itself. Where that was in tokens of its own choice, it is read again from the first of them on."""
+    again, say = ids(tok, "<|Inner Thoughts|>:" + THINK_ONE), ids(tok, "<|MOSS|>:" + SAY)
+    with (engine := Led(tok, 800, slots=2)):
+        engine.answers = [ids(tok, THINK_ONE), again, say]
+        turn = turn_of(list(answer(dialog(), engine, tok, TOOLS, Options())))
+        assert len(turn.rounds) == 2
+        (first, second, third), (_, after_one, after_two) = engine.prompts, engine.streams
+        # The id that ends a pass is said, but not read.
+        assert second[: after_one.reused + 1] == first + ids(tok, THINK_ONE)
+        assert third[: after_two.reused + 1] == second + again
+        assert tok.decode(third[after_two.reused + 1 :]) == '\n:\nCalculate("1+1") => <1+1>\n\n'
+
+        letters = [id for letter in "add" for id in tok.encode(letter)]
+        assert letters != tok.encode("add")
+        engine.answers = [[*tok.encode(" "), *letters, *ids(tok, THINK_ONE.removeprefix(" add"))], say]
+        assert turn_of(list(answer(dialog(), engine, tok, TOOLS, Options()))).rounds == turn.rounds[:1]
+        assert engine.streams[-1].reused >= len(engine.prompts[-2])
+
+
+def test_full_conversation_is_reused(tok: Tokenizer) -> None:
+    """Trimmed to the limit, a full conversation began elsewhere in every pass and was read from the meta instruction
+    on. The whole history is given each time, as by a caller that keeps nothing else."""
+    full = Dialog("Be kind.", {}, [])
+    passes = []  # of each with a notice in its turn: how much of its prompt was reused
+    with (engine := Led(tok, 1000)):
+        for number in range(40):
+            full.turns.append(Turn(f"add {number}+1" + " hello" * (number % 4)))
+            engine.answers = [ids(tok, NOTHING), ids(tok, SAY)]
+            events = list(answer(full, engine, tok, TOOLS, Options(conversation="a")))
+            full.turns[-1] = turn_of(events)
+            for prompt, stream in zip(engine.prompts[-2:], engine.streams[-2:], strict=True):
+                assert len(prompt) <= 750 and f"add {number}+1" in tok.decode(prompt)
+                if "left out" in said(events, Notice):
+                    passes.append(stream.reused / len(prompt))
+    assert len(passes) >= 2 * 15
+    assert sum(share > 0.9 for share in passes) >= 0.9 * len(passes)
 
 
 def test_real_engine_reuses_the_cache(tok: Tokenizer) -> None:

@@ -147,20 +147,21 @@ class Cache:
     def reuse(self, slot: Slot, prompt: Sequence[int]) -> int:
         """Let the row hold as much of the prompt's beginning as any row or kept prefix does; returns how much that is.
 
-        `slot.ids` is then what needs no reading; at least the last id of the prompt always remains to be read.
+        `slot.ids` is then what needs no reading; at least the last id of the prompt always remains to be read. A row
+        that holds a part of the prompt already never loses any of it, so this may be asked again while it is read.
         """
         usable = list(prompt[:-1])
         held = common_prefix(slot.ids, usable)
-        longest, source = held + WORTH_COPYING - 1, None
+        longest, source = held, None
+        enough = held + WORTH_COPYING
         for other in (*self.slots, *self.prefixes):
-            length = common_prefix(other.ids, usable)
-            if length > longest:
-                longest, source = length, other
+            if other.ids[:enough] == usable[:enough] and len(usable) >= enough:
+                longest, source = common_prefix(other.ids, usable), other
+                enough = longest + 1
         if source is not None:
-            held = longest
-            self._copy(source, slot, held)
-        slot.ids = usable[:held]
-        return held
+            self._copy(source, slot, held, longest)
+        slot.ids = usable[:longest]
+        return longest
 
     def keep(self, slot: Slot, length: int) -> None:
         """Keep the first `length` ids of a row for other prompts; of the kept ones the least recently used goes."""
@@ -226,11 +227,11 @@ class Cache:
             return self.slots[-1]
         return min(unowned or idle, key=lambda slot: slot.used, default=None)
 
-    def _copy(self, source: Slot | Prefix, slot: Slot, length: int) -> None:
-        """Write the first `length` keys and values of `source` into a row."""
+    def _copy(self, source: Slot | Prefix, slot: Slot, start: int, end: int) -> None:
+        """Write the keys and values of `source` for its ids [start, end) into a row."""
         for place, store in enumerate(self.stores):
             kept = source.stores[place] if isinstance(source, Prefix) else store[source.row]
-            store[slot.row, :, :length] = kept[:, :length]
+            store[slot.row, :, start:end] = kept[:, start:end]
 
     def _touch(self, slot: Slot) -> None:
         self._tick += 1

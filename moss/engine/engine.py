@@ -45,7 +45,7 @@ from moss.model import Decoder
 
 PIECE = 512  # prompt tokens read in one step; also positions scored at once
 SHARED_PIECE = 128  # the same while others decode and wait for the step to end
-READERS = 4  # prompts that are read in turns; more of them would only all be late
+READERS = 4  # prompts that are read in turns, but for the first of each owner; more of them would only all be late
 
 
 class Engine:
@@ -175,7 +175,7 @@ class Engine:
     def _reset(self) -> None:
         """Nothing runs, nothing is remembered."""
         config = self.config
-        self._reading: deque[Request] = deque()  # they have a row, and their prompts are read in turns
+        self._reading: list[Request] = []  # they have a row; their prompts are read in turns, the next one first
         self._cache = Cache(
             config.num_layers,
             config.num_kv_heads,
@@ -242,7 +242,10 @@ class Engine:
                 self._end(request, "time")
 
     def _read(self) -> None:
-        """Read a piece of the prompts that have a row, in turns; a prompt that is read joins those that decode."""
+        """Read a piece of the prompts that have a row; a prompt that is read joins those that decode.
+
+        Owners take turns, and the prompts of each. What another has read by then need not be read again.
+        """
         budget = SHARED_PIECE if self._cache.live else PIECE
         while budget > 0:
             self._admit()
@@ -251,14 +254,13 @@ class Engine:
             request = self._reading[0]
             slot = request.slot
             assert slot is not None
-            if not request.started:
-                request.started = True
-                request.stream.reused = self._cache.reuse(slot, request.ids)
+            request.stream.reused = self._cache.reuse(slot, request.ids) - request.num_read
             piece = request.ids[len(slot.ids) : len(slot.ids) + min(budget, self.most)]
             hidden = self._forward(slot.row, [len(slot.ids)], [piece])[:, -1]
             slot.ids += piece
+            request.num_read += len(piece)
             budget -= len(piece)
-            self._reading.rotate(-1)
+            self._reading.sort(key=lambda other: (other.owner == request.owner, other is request))
             if len(slot.ids) == len(request.ids):
                 self._cache.keep(slot, request.prefix)
                 self._cache.join(slot)
@@ -267,10 +269,11 @@ class Engine:
                 self._choose([request], self._logits(hidden))
 
     def _admit(self) -> None:
-        """Give a waiting request a row, if anybody waits, a row is free and few prompts are being read."""
-        if len(self._reading) >= READERS or not self._cache.room:
+        """Give a waiting request a row, if a row is free and few prompts are being read, or none of its owner's."""
+        if not self._waiting or not self._cache.room:
             return
-        request = self._waiting.take()
+        readers = {request.owner for request in self._reading} if len(self._reading) >= READERS else ()
+        request = self._waiting.take([slot.user.owner for slot in self._cache.slots if slot.user], readers)
         if request is None:
             return
         self._reading.append(request)

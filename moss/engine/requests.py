@@ -1,7 +1,7 @@
 """What the engine and its callers share: a request's stream of tokens, and the queue that requests wait in.
 
-The queue is bounded and fair: owners take turns, each with its oldest request, so that one who asks for a
-hundred things at once delays the others by one thing a turn.
+The queue is bounded and fair: the next row goes to the owner who has the fewest, and among equals they take turns, each
+with its oldest request. So one who asks for a hundred things at once delays the others by one thing a turn.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import math
 import random
 import threading
 import time
-from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from itertools import zip_longest
 from queue import SimpleQueue
@@ -126,7 +126,7 @@ class Request:
     prefix: int = 0  # so many leading ids will open other prompts too
     lookup: Lookup | None = None
     slot: Slot | None = None
-    started: bool = False  # whether its prompt is being read
+    num_read: int = 0  # ids of the prompt that were read, where the others were reused
     seen: Tensor | None = None  # (V,) bool, only with a repetition penalty
 
     def __post_init__(self, grammar: Grammar | None) -> None:
@@ -144,7 +144,11 @@ class Request:
 
 
 class Queue:
-    """Requests that wait: at most `size`, and one more for each of the `rows` that is free. Any thread may use it."""
+    """Requests that wait: at most `size`, and one more for each of the `rows` that is free. Any thread may use it.
+
+    Whoever waits already leaves a quarter of `size` to owners of whom nothing does, so that nobody can fill the queue
+    for all others.
+    """
 
     def __init__(self, size: int, rows: int) -> None:
         if size < 1:
@@ -158,7 +162,7 @@ class Queue:
         return bool(self._owners)
 
     def all(self) -> list[Request]:
-        """Every request that waits, in the order in which they will be taken."""
+        """Every request that waits, in the order of turns, in which they are taken while all have equally many rows."""
         with self._lock:
             return self._ordered()
 
@@ -166,17 +170,24 @@ class Queue:
         """Let a request wait; QueueFull where no more may."""
         with self._lock:
             waiting = sum(map(len, self._owners.values()))
-            if waiting + self.taken >= self.size + self.rows:
+            kept = self.size // 4 if request.owner in self._owners else 0
+            if waiting + self.taken >= self.size + self.rows - kept:
                 raise QueueFull(f"{waiting} requests wait already, which is all that may; try again in a while")
             self._owners.setdefault(request.owner, deque()).append(request)
             self._number()
 
-    def take(self) -> Request | None:
-        """The oldest request of the owner whose turn it is; the owner goes to the end of the line."""
+    def take(self, busy: Iterable[str] = (), excluded: Collection[str] = ()) -> Request | None:
+        """The oldest request of the owner who has the fewest rows, and among equals of the one whose turn it is.
+
+        He goes to the end of the line. busy: the owner of each row in use. excluded: owners who get no row now.
+        """
         with self._lock:
-            if not self._owners:
+            rows = Counter(busy)
+            owners = [owner for owner in self._owners if owner not in excluded]
+            if not owners:
                 return None
-            owner, requests = next(iter(self._owners.items()))
+            owner = min(owners, key=lambda owner: rows[owner])
+            requests = self._owners[owner]
             request = requests.popleft()
             del self._owners[owner]
             if requests:
