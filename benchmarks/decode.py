@@ -2,17 +2,19 @@
 
 A model of each family with about 0.37 billion random weights in float32, bfloat16, int8 and int4. The bound is the
 bytes a token really reads (weights of the linear layers with their scales, keys and values; no embedding table) over
-the better of two read probes that run between the rounds: torch's sum over 512 MB and a plain stream loop. Every share
-is that of its own round; the median of the rounds counts. Prompts are timed to the first token, a second turn after
-1,500 tokens both remembered and read again. Peers are asked where they are installed, on the same weights:
-transformers, and for the llama family llama.cpp through llama-cpp-python and gguf.
+the better of two read probes, torch's sum over 512 MB and a plain stream loop, in the mean of those before and after:
+what else uses the memory moves it from second to second. Every share is that of its own round; the median of the
+rounds counts. Prompts are timed to the first token, a second turn after 1,500 tokens both remembered and read again.
+Peers are asked in the same rounds where they are installed, on the same weights: transformers, and for the llama family
+llama.cpp through llama-cpp-python and gguf.
 
-    python -m benchmarks.decode [--rounds 5] [--tokens 48] [--peers]      # writes benchmarks/results/decode.json
+    python -m benchmarks.decode [--rounds 9] [--tokens 24] [--peers]      # writes benchmarks/results/decode.json
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import gc
 import importlib.util
@@ -20,6 +22,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,9 @@ from moss.weights import save_model
 SIZES: dict[str, Any] = {"vocab_size": 32_000, "num_layers": 24, "hidden": 1024, "num_heads": 16, "max_length": 2048}
 SHAPES = {"llama": ModelConfig(**SIZES, ffn=2816), "moss": ModelConfig(**SIZES, family="moss", rotary_dim=32)}
 WIDTHS = ("float32", "bfloat16", "int8", "int4")
+GGUF = {"float32": None, "bfloat16": "F16", "int8": "Q8_0", "int4": "Q4_0"}  # what llama.cpp has beside our widths
 STREAMS = (2, 4, 8)
+FEW = 3  # rounds in which also several streams and prompts are timed
 PREFILL, HISTORY = 512, 1500  # tokens of a prompt, and of a first turn
 
 # The second probe, and all linear layers of a token in one call: a call from Python costs as much as a small layer.
@@ -104,6 +111,11 @@ def build(family: str, width: str) -> Decoder:
     return model.to(getattr(torch, width)).eval()
 
 
+def share(amount: float, before: float, after: float) -> float:
+    """GB/s against what could be read around it."""
+    return amount / ((before + after) / 2)
+
+
 def linears_alone(model: Decoder, fast: Step, probe: Probe, rounds: int) -> dict[str, Any]:
     """All linear layers of one token, one after the other."""
     linears = fast.linears()
@@ -114,67 +126,104 @@ def linears_alone(model: Decoder, fast: Step, probe: Probe, rounds: int) -> dict
     call.argtypes = (pointer, pointer, number, pointer, number, pointer, number)
     function = ctypes.cast(fast.kernels._linear, ctypes.c_void_p)
     arguments = (function, array, len(linears), x.data_ptr(), 1, y.data_ptr(), torch.get_num_threads())
-    total = weight_bytes(model)
-    rates = []
+    total, rates, shares = weight_bytes(model), [], []
     for _ in range(rounds):
-        bound = probe()
-        took = min(seconds(lambda: call(*arguments)) for _ in range(4))
-        rates.append((total / took / 1e9, total / took / 1e9 / max(bound, probe())))
-    return {
-        "bytes": total,
-        "gb_per_s": [round(rate, 2) for rate, _ in rates],
-        "shares": [round(s, 3) for _, s in rates],
-    }
+        before = probe()
+        rates.append(total / statistics.median(seconds(lambda: call(*arguments)) for _ in range(5)) / 1e9)
+        shares.append(share(rates[-1], before, probe()))
+    return {"bytes": total, "gb_per_s": [round(r, 2) for r in rates], "shares": [round(s, 3) for s in shares]}
 
 
-def whole_step(model: Decoder, probe: Probe, rounds: int, tokens: int) -> dict[str, Any]:
-    """Steps as users get them: through the engine, sampling included; alone against the bound, then several at once."""
+def whole_step(
+    model: Decoder, probe: Probe, peers: Sequence[Peer], rounds: int, tokens: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Steps as users get them, through the engine, against the bound; and each peer in the same rounds.
+
+    A peer has the process to itself when it runs: the engine of a round is closed, and its threads are gone.
+    """
     total = weight_bytes(model) + cache_bytes(model, START + tokens / 2)
-    rates, shares = [], []
-    with Engine(model, lookup=False) as engine:
-        decode_rate(engine, 1, 4)
-        for _ in range(rounds):
-            bound = probe()
+    rates, shares, prefills, turns = [], [], [], []
+    together = {streams: list[float]() for streams in STREAMS}
+    theirs = {peer.name: {"tokens_per_s": list[float](), "prefill_tokens_per_s": list[float]()} for peer in peers}
+    for turn in range(rounds):
+        with Engine(model, lookup=False) as engine:
+            decode_rate(engine, 1, 4)
+            before = probe()
             rates.append(decode_rate(engine, 1, tokens))
-            shares.append(rates[-1] * total / 1e9 / max(bound, probe()))
-        together = {1: round(statistics.median(rates), 1)}
-        for streams in STREAMS:
-            together[streams] = round(statistics.median(decode_rate(engine, streams, tokens) for _ in range(3)), 1)
-        read = min(two_turns(engine, PREFILL, 1)[0] for _ in range(3))
-        _, warm, cold = two_turns(engine, HISTORY, 32)
-    return {
+            shares.append(share(rates[-1] * total / 1e9, before, probe()))
+            for streams in STREAMS[: None if turn < FEW else 0]:
+                together[streams].append(decode_rate(engine, streams, tokens))
+            if turn < FEW:
+                prefills.append(PREFILL / two_turns(engine, PREFILL, 1)[0])
+            if turn == 0:
+                turns = two_turns(engine, HISTORY, 32)[1:]
+        for peer in peers:
+            theirs[peer.name]["tokens_per_s"].append(peer.rate(tokens))
+            if turn < FEW:
+                theirs[peer.name]["prefill_tokens_per_s"].append(PREFILL / seconds(peer.read))
+    warm, cold = turns
+    ours = {
         "bytes": round(total),
-        "tokens_per_s": [round(rate, 1) for rate in rates],
-        "shares": [round(share, 3) for share in shares],
-        "streams_tokens_per_s": together,
-        "prefill_tokens_per_s": round(PREFILL / read, 1),
-        "second_turn": {"remembered_s": round(warm, 4), "read_again_s": round(cold, 4)},
+        "tokens_per_s": rates,
+        "shares": shares,
+        "streams_tokens_per_s": {streams: statistics.median(found) for streams, found in together.items()},
+        "prefill_tokens_per_s": prefills,
+        "second_turn": {"remembered_s": warm, "read_again_s": cold},
     }
+    return ours, theirs
 
 
 # ---------------------------------------------------------------- peers
 
 
-def transformers_rates(folder: Path, tokens: int) -> dict[str, Any]:
-    """`generate` of transformers on the same weights."""
+@dataclass
+class Peer:
+    """Somebody else on the same weights: tokens a second of one answer, and the reading of a prompt."""
+
+    name: str
+    rate: Callable[[int], float]
+    read: Callable[[], object]
+
+
+def transformers_peer(folder: Path, width: str) -> Peer:
+    """`generate` of transformers, greedy."""
     from transformers import AutoModelForCausalLM
 
-    rates: dict[str, Any] = {}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, width)).eval()
     ids = torch.randint(SIZES["vocab_size"], (1, PREFILL))
-    for width in WIDTHS[:2]:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, width)).eval()
-        settings = {"do_sample": False, "pad_token_id": 0}
 
-        def answer(count: int, prompt: int = START, model: Any = model, settings: dict[str, Any] = settings) -> None:
-            model.generate(ids[:, :prompt], min_new_tokens=count, max_new_tokens=count, **settings)
+    def answer(count: int, prompt: int) -> None:
+        model.generate(ids[:, :prompt], min_new_tokens=count, max_new_tokens=count, do_sample=False, pad_token_id=0)
 
-        answer(2)
-        took = min(seconds(lambda: answer(tokens)) - seconds(lambda: answer(1)) for _ in range(3))
-        read = min(seconds(lambda: answer(1, PREFILL)) for _ in range(3))
-        rates[width] = {"tokens_per_s": round((tokens - 1) / took, 1), "prefill_tokens_per_s": round(PREFILL / read, 1)}
-        del model
-        gc.collect()
-    return rates
+    def rate(tokens: int) -> float:
+        return tokens / (seconds(lambda: answer(tokens + 1, START)) - seconds(lambda: answer(1, START)))
+
+    answer(2, START)
+    return Peer(f"transformers {width}", rate, lambda: answer(1, PREFILL))
+
+
+def llama_cpp_peer(path: Path) -> Peer:
+    """llama.cpp, one token at a time, without sampling."""
+    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
+
+    threads = torch.get_num_threads()
+    llama = Llama(str(path), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
+    ids = torch.randint(SIZES["vocab_size"], (PREFILL,)).tolist()
+
+    def read(count: int) -> None:
+        llama.reset()
+        llama.eval(ids[:count])
+
+    def steps(tokens: int) -> None:
+        for id in ids[:tokens]:
+            llama.eval([id])
+
+    def rate(tokens: int) -> float:
+        read(START)
+        return tokens / seconds(lambda: steps(tokens))
+
+    rate(4)
+    return Peer(f"llama.cpp {path.stem}", rate, lambda: read(PREFILL))
 
 
 def write_gguf(model: Decoder, path: Path, kind: str) -> None:
@@ -214,92 +263,70 @@ def write_gguf(model: Decoder, path: Path, kind: str) -> None:
     writer.close()
 
 
-def llama_cpp_rates(model: Decoder, place: Path, tokens: int) -> dict[str, Any]:
-    """llama.cpp on the same weights, one token at a time."""
-    return {kind: _llama_cpp_rate(model, place / f"{kind}.gguf", kind, tokens) for kind in ("F16", "Q8_0", "Q4_0")}
+def write_peers(family: str, place: Path) -> None:
+    """The weights in the forms that installed peers read."""
+    model = build(family, "float32")
+    if importlib.util.find_spec("transformers"):
+        save_model(model, place)
+    if family == "llama" and importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
+        for kind in filter(None, GGUF.values()):
+            write_gguf(model, place / f"{kind}.gguf", kind)
 
 
-def _llama_cpp_rate(model: Decoder, path: Path, kind: str, tokens: int) -> dict[str, float]:
-    from llama_cpp import Llama  # pyright: ignore[reportMissingImports]
-
-    write_gguf(model, path, kind)
-    threads = torch.get_num_threads()
-    llama = Llama(str(path), n_ctx=1024, n_batch=PREFILL, n_threads=threads, n_threads_batch=threads, verbose=False)
-    ids = torch.randint(SIZES["vocab_size"], (PREFILL,)).tolist()
-
-    def read(count: int) -> None:
-        llama.reset()
-        llama.eval(ids[:count])
-
-    def steps() -> None:
-        for id in ids[:tokens]:
-            llama.eval([id])
-
-    prompt = min(seconds(lambda: read(PREFILL)) for _ in range(3))
-    read(START)
-    took = min(seconds(steps) for _ in range(3))
-    path.unlink()
-    return {"tokens_per_s": round(tokens / took, 1), "prefill_tokens_per_s": round(PREFILL / prompt, 1)}
-
-
-def peers(family: str, tokens: int) -> dict[str, Any]:
-    """Rates of whoever is installed and knows the family; who is not is named."""
-    found: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as place:
-        model = build(family, "float32")
-        found["transformers"] = found["llama.cpp"] = "not installed"
-        if importlib.util.find_spec("transformers"):
-            save_model(model, place)
-            found["transformers"] = transformers_rates(Path(place), tokens)
-        if family != "llama":
-            del found["llama.cpp"]
-        elif importlib.util.find_spec("llama_cpp") and importlib.util.find_spec("gguf"):
-            found["llama.cpp"] = llama_cpp_rates(model, Path(place), tokens)
+def peers_of(width: str, place: Path) -> list[Peer]:
+    """Those that are compared with one of our widths: transformers at its own and, with integers, at its best."""
+    found = []
+    if (place / "config.json").exists() and width != "int4":
+        found.append(transformers_peer(place, "bfloat16" if width == "int8" else width))
+    if (path := place / f"{GGUF[width]}.gguf").exists():
+        found.append(llama_cpp_peer(path))
     return found
 
 
-def ours(family: str, width: str, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
+def measure(family: str, width: str, place: Path, probe: Probe, args: argparse.Namespace) -> dict[str, Any]:
     """All figures of one family and width."""
     model = build(family, width)
     fast = runner(model)
     assert isinstance(fast, Step)
     alone = linears_alone(model, fast, probe, args.rounds)
-    step = whole_step(model, probe, args.rounds, args.tokens)
+    step, theirs = whole_step(model, probe, peers_of(width, place), args.rounds, args.tokens)
+    rate, prefill = step["tokens_per_s"], step["prefill_tokens_per_s"]
+    ratios = {"8 streams / 1": step["streams_tokens_per_s"][8] / statistics.median(rate)}
+    ratios["second turn, remembered / read again"] = (
+        step["second_turn"]["remembered_s"] / step["second_turn"]["read_again_s"]
+    )
+    for name, row in theirs.items():
+        for figure, mine in (("decode", rate), ("prefill", prefill)):
+            other = row["tokens_per_s" if figure == "decode" else "prefill_tokens_per_s"]
+            ratios[f"{figure} / {name}"] = statistics.median(a / b for a, b in zip(mine, other))
+    result = rounded({"linears": alone, "step": step, "peers": theirs, "ratios": ratios})
     shares = [statistics.median(part["shares"]) for part in (alone, step)]
-    print(f"{family} {width}: linears {shares[0]:.0%} of the bound, step {shares[1]:.0%}, {step}", flush=True)
-    return {"linears": alone, "step": step}
+    print(f"{family} {width}: linears {shares[0]:.0%} of the bound, step {shares[1]:.0%}, {result}", flush=True)
+    return result
 
 
-def compared(rows: dict[str, Any], found: dict[str, Any]) -> dict[str, float]:
-    """Ratios of our rates to those of the peers, of eight streams to one, and of a remembered second turn's time."""
-    steps = {width: row["step"] for width, row in rows.items()}
-    rate = {width: statistics.median(step["tokens_per_s"]) for width, step in steps.items()}
-    prefill = max(step["prefill_tokens_per_s"] for step in steps.values())
-    ratios = {
-        f"8 streams / 1, {w}": s["streams_tokens_per_s"][8] / s["streams_tokens_per_s"][1] for w, s in steps.items()
-    }
-    for width, step in steps.items():
-        turn = step["second_turn"]
-        ratios[f"second turn remembered / read again, {width}"] = turn["remembered_s"] / turn["read_again_s"]
-    pairs = {"transformers": [(width, width) for width in WIDTHS[:2]]}
-    pairs["llama.cpp"] = [("bfloat16", "F16"), ("int8", "Q8_0"), ("int4", "Q4_0")]
-    for peer, theirs in ((name, values) for name, values in found.items() if isinstance(values, dict)):
-        for width, other in pairs[peer]:
-            if width in rate:
-                ratios[f"decode, {width} / {peer} {other}"] = rate[width] / theirs[other]["tokens_per_s"]
-        best = {
-            figure: max(row[figure] for row in theirs.values()) for figure in ("tokens_per_s", "prefill_tokens_per_s")
-        }
-        if peer == "transformers" and "int8" in rate:
-            ratios["decode, int8 / best of transformers"] = rate["int8"] / best["tokens_per_s"]
-        ratios[f"prefill, best / best of {peer}"] = prefill / best["prefill_tokens_per_s"]
-    return {name: round(value, 3) for name, value in ratios.items()}
+def versions(*names: str) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """Figures with as many digits as mean something."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of one measurement")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--tokens", type=int, default=24, help="tokens of one measurement")
     parser.add_argument("--families", default=",".join(SHAPES))
     parser.add_argument("--widths", default=",".join(WIDTHS))
     parser.add_argument("--peers", action="store_true", help="also ask transformers and llama.cpp where installed")
@@ -309,14 +336,14 @@ def main() -> int:
     probe = Probe()
     result: dict[str, Any] = begin("decode") | {"path": paths()[0], "threads": torch.get_num_threads()}
     for family in args.families.split(","):
-        rows = {}
-        for width in args.widths.split(","):
-            rows[width] = ours(family, width, probe, args)
-            gc.collect()
-        found = peers(family, args.tokens) if args.peers else {}
-        result[family] = {"rows": rows, "peers": found, "ratios": compared(rows, found)}
-        for name, figures in (*found.items(), ("ratios", result[family]["ratios"])):
-            print(f"{family} {name}: {figures}", flush=True)
+        with tempfile.TemporaryDirectory() as place:
+            if args.peers:
+                write_peers(family, Path(place))
+            result[family] = {}
+            for width in args.widths.split(","):
+                result[family][width] = measure(family, width, Path(place), probe, args)
+                gc.collect()
+    result["peers"] = versions("transformers", "llama-cpp-python") if args.peers else {}
     result["probe_gb_per_s"] = [round(rate, 1) for rate in probe.seen]
     print(f"-> {publish(result)}")
     return 0

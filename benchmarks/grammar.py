@@ -1,11 +1,15 @@
-"""What the grammar costs beside a decode step of the bundled model.
+"""What the grammar costs in the engine, as a share of a decode step of the bundled model.
 
-A step is one token of one stream through the engine, sampling included, without a grammar; beside it, round by round
-in turn, stand the mask, its use on the logits and the state's advance for every token of a tool turn. The first round
-fills the grammar's memory and is not counted; what it took is reported as `first_ms`. A vocabulary as large as the
-released one, made of random merges, is timed too.
+Questions for both tools go through one engine, one stream, greedy and without lookup: with a grammar whose memory is
+empty (`first`), with one that knows the lines of the questions before (`new`), once more (`seen`), and before and
+after these without any. The ids must be the same each time, so that nothing differs but the grammar; a figure is the
+median over the questions of what a token took longer than without.
 
-    python -m benchmarks.grammar [--repeats 9] [--model DIR]      # writes benchmarks/results/grammar.json
+Beside it stands where the time goes: what the engine does with a grammar for each token of one turn, by itself and so
+with warm processor caches, also for a vocabulary as large as the released one, made of random merges. `compile` is what
+it takes to make a grammar, and the first turn with it, by itself (`first_turn_ms`).
+
+    python -m benchmarks.grammar [--questions 120] [--model DIR]      # writes benchmarks/results/grammar.json
 """
 
 from __future__ import annotations
@@ -14,10 +18,10 @@ import argparse
 import random
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
-from itertools import pairwise
-from statistics import mean, median
+from statistics import median, quantiles
 from typing import Any
 
 import torch
@@ -27,14 +31,19 @@ from tokenizers import Tokenizer as Backend
 from benchmarks.record import begin, publish
 from moss import resolve
 from moss.chat import META_INSTRUCTION, Dialog, Round, Turn, Until, render
-from moss.engine import Engine, Sampling
+from moss.engine import Engine, Grammar, Sampling
+from moss.engine import grammar as grammar_module
+from moss.engine.engine import _following, _masked
 from moss.engine.grammar import commands_grammar
+from moss.engine.requests import Request
+from moss.evals.tool_cases import LANGS, scripted
 from moss.tokenizer import EOS, MARKERS, Tokenizer
 from moss.tools.base import MAX_CALLS, standard_tools
 
-STEPS = 48  # decode steps of a round
+REPEATS = 9  # turns whose tokens are timed one by one
 WIDE = 100_000  # ids, about as many as the released vocabulary has
 GOAL = 5.0  # percent of a step
+KINDS = ("first", "new", "seen")
 TURN = Turn(
     "What is 37*12, and which x solves x+2=5?",
     [Round("multiply, then solve the equation", 'Calculate("37*12"), Solve("x+2=5", "x")', "None")],
@@ -57,26 +66,65 @@ def passes(tok: Tokenizer) -> list[tuple[Until, list[tuple[str, int]]]]:
     return [("thoughts", list(zip(sections, thoughts))), ("reply", [("reply", id) for id in reply])]
 
 
-def seconds_of_steps(engine: Engine, prompt: Sequence[int], seed: int) -> list[float]:
-    """Seconds of each decode step of one stream."""
-    stream = engine.submit(prompt, Sampling(temperature=0.7, top_p=0.8, max_tokens=STEPS, seed=seed))
-    times = [time.perf_counter() for _ in stream]
-    return [after - before for before, after in pairwise(times)]
+def grammar_of(tok: Tokenizer, until: Until = "thoughts", *, anew: bool = False) -> Grammar:
+    """The grammar of all tools, as the turn loop asks for it; `anew`: with nothing remembered of any line."""
+    if anew:
+        grammar_module._grammar.cache_clear()
+    return commands_grammar(tok, standard_tools(), until, max_calls=MAX_CALLS)
 
 
-def seconds_of_grammar(tok: Tokenizer, vocab_size: int) -> dict[str, list[float]]:
-    """Seconds for each token of the turn, by what the grammar stood in."""
+def seconds_a_token(
+    engine: Engine, prompt: Sequence[int], stop: int, grammar: Grammar | None
+) -> tuple[float, list[int]]:
+    """Seconds of a decode step, the mean of one pass, and the ids."""
+    sampling = Sampling(temperature=0, max_tokens=128, stop_ids=frozenset({stop}))
+    stream = engine.submit(prompt, sampling, conversation=0, grammar=grammar)
+    told = [(time.perf_counter(), token.id) for token in stream]
+    return (told[-1][0] - told[0][0]) / (len(told) - 1), [id for _, id in told]
+
+
+def in_the_engine(engine: Engine, tok: Tokenizer, number: int) -> dict[str, Any]:
+    """What each kind of grammar adds to a step."""
+    sets = [scripted(kind, lang, number // 4, seed=0) for kind in ("calculator", "solver") for lang in LANGS]
+    cases = [case for four in zip(*sets) for case in four]
+    known, stop = grammar_of(tok), tok.marker("<eoc>")[0]
+    steps: list[float] = []
+    added: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    tokens = left_out = 0
+    for place, case in enumerate(cases):
+        prompt = render(replace(case.dialog, switches=DIALOG.switches), tok, until="thoughts")[0]
+        grammars = {"first": grammar_of(tok, anew=True), "new": known, "seen": known}
+        runs = [seconds_a_token(engine, prompt, stop, grammar) for grammar in (None, *grammars.values(), None)]
+        if any(ids != runs[0][1] for _, ids in runs) or runs[0][1][-1] != stop:
+            left_out += 1  # the model alone leaves the format
+        elif place:  # the first one warms up
+            steps.append((runs[0][0] + runs[-1][0]) / 2)
+            tokens += len(runs[0][1])
+            for kind, (seconds, _) in zip(KINDS, runs[1:]):
+                added[kind].append(seconds - steps[-1])
+    step = median(steps)
+    result: dict[str, Any] = {"questions": len(steps), "left_out": left_out, "tokens": tokens, "step_us": us(step)}
+    for kind, seconds in added.items():
+        low, middle, high = quantiles(seconds, n=4)
+        result[kind] = {"us": us(middle), "quartiles_us": [us(low), us(high)], "percent": round(100 * middle / step, 2)}
+    return result
+
+
+def by_itself(tok: Tokenizer, vocab_size: int) -> dict[str, list[float]]:
+    """Seconds of what the engine does with a grammar for each token of the turn, by the section it stands in."""
     logits = torch.zeros(1, vocab_size)
     seconds: dict[str, list[float]] = {}
-    for until, ids in passes(tok):
-        state = commands_grammar(tok, standard_tools(), until, max_calls=MAX_CALLS).start()
-        for section, id in ids:
-            begun = time.perf_counter()
-            mask = state.mask()
-            logits.masked_fill(~mask, -torch.inf)  # as the engine does
-            state.advance(id)
-            seconds.setdefault(section, []).append(time.perf_counter() - begun)
-            assert mask[id], (section, tok.decode([id], markers=True))
+    with torch.inference_mode():
+        for until, ids in passes(tok):
+            request = Request([0], Sampling(), grammar=grammar_of(tok, until))
+            assert request.following is not None
+            for section, id in ids:
+                begun = time.perf_counter()
+                mask, error = _following(request, vocab_size)
+                allowed = _masked(logits, [mask])
+                request.following.advance(id)
+                seconds.setdefault(section, []).append(time.perf_counter() - begun)
+                assert error is None and allowed[0, id] == 0, (section, tok.decode([id], markers=True))
     return seconds
 
 
@@ -97,52 +145,32 @@ def wide_vocabulary(size: int) -> Tokenizer:
     return Tokenizer(backend)
 
 
-def compiled(tok: Tokenizer) -> dict[str, float]:
-    """Milliseconds to make the grammar of a vocabulary, then that of another tool set, then of the first turn."""
+def figures(tok: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """What the grammar of one vocabulary costs by itself: to make, and for a token."""
     times = []
-    calculator = {"calculator": standard_tools()["calculator"]}
     for make in (
-        lambda: commands_grammar(tok, calculator),
-        lambda: commands_grammar(tok, standard_tools(), max_calls=MAX_CALLS),
-        lambda: seconds_of_grammar(tok, tok.vocab_size),
+        lambda: commands_grammar(tok, {"calculator": standard_tools()["calculator"]}),
+        lambda: grammar_of(tok),
+        lambda: by_itself(tok, vocab_size),
     ):
         begun = time.perf_counter()
         make()
         times.append(round((time.perf_counter() - begun) * 1e3, 3))
-    return dict(zip(("vocabulary_ms", "tool_set_ms", "first_turn_ms"), times))
-
-
-def microseconds(values: Iterable[float]) -> float:
-    return round(median(values) * 1e6, 2)
-
-
-def figures(tok: Tokenizer, model_vocab: int, engine: Engine | None, repeats: int) -> dict[str, Any]:
-    """What the grammar of one vocabulary costs, beside the steps of `engine`."""
-    result: dict[str, Any] = {"vocab_size": tok.vocab_size, "compile": compiled(tok)}
-    prompt = render(DIALOG, tok, until="thoughts")[0]
-    rounds: list[dict[str, list[float]]] = []
-    steps: list[list[float]] = []
-    for number in range(repeats + 1):
-        steps.append([] if engine is None else seconds_of_steps(engine, prompt, number))
-        rounds.append(seconds_of_grammar(tok, model_vocab))
-    del steps[0], rounds[0]
-    result["grammar_us"] = {
-        section: microseconds(value for each in rounds for value in each[section]) for section in rounds[0]
+    rounds = [by_itself(tok, vocab_size) for _ in range(REPEATS)]
+    return {
+        "vocab_size": tok.vocab_size,
+        "compile": dict(zip(("vocabulary_ms", "tool_set_ms", "first_turn_ms"), times)),
+        "token_us": {part: us(median(value for each in rounds for value in each[part])) for part in rounds[0]},
     }
-    turns = [mean([value for values in each.values() for value in values]) for each in rounds]
-    result["token_us"] = microseconds(turns)
-    result["repeats_token_us"] = [round(turn * 1e6, 2) for turn in turns]
-    if engine is not None:
-        result["step_us"] = microseconds(value for each in steps for value in each)
-        result["repeats_step_us"] = [microseconds(each) for each in steps]
-        result["percent_of_step"] = round(100 * median(turn / median(each) for turn, each in zip(turns, steps)), 3)
-        result["worst_section_percent"] = round(100 * max(result["grammar_us"].values()) / result["step_us"], 3)
-    return result
+
+
+def us(seconds: float) -> float:
+    return round(seconds * 1e6, 2)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--questions", type=int, default=120)
     parser.add_argument("--model", help="folder of a model; nothing = the bundled one")
     args = parser.parse_args()
     result: dict[str, Any] = begin("grammar") | {
@@ -150,16 +178,17 @@ def main() -> int:
         "threads": torch.get_num_threads(),
     }
     model, tok = resolve.load(args.model)
+    result["model"] = figures(tok, model.config.vocab_size)
     with Engine(model, slots=1, lookup=False) as engine:
-        result["model"] = figures(tok, model.config.vocab_size, engine, args.repeats)
-    result["wide"] = figures(wide := wide_vocabulary(WIDE), wide.vocab_size, None, args.repeats)
-    result["goals"] = {"percent_of_step": f"< {GOAL}"}
+        result["engine"] = in_the_engine(engine, tok, args.questions)
+    result["wide"] = figures(wide := wide_vocabulary(WIDE), wide.vocab_size)
+    result["goals"] = {"percent": f"< {GOAL}"}
     path = publish(result)
+    print(f"a step {result['engine']['step_us']:9.2f} us without a grammar")
+    for kind in KINDS:
+        print(f"{kind:6} {result['engine'][kind]['us']:9.2f} us more, {result['engine'][kind]['percent']} %")
     for name in ("model", "wide"):
-        print(f"{name:6} {result[name]['token_us']:9.2f} us a token, by section {result[name]['grammar_us']}")
-    print(
-        f"a step {result['model']['step_us']:9.2f} us; the grammar takes {result['model']['percent_of_step']} % of it"
-    )
+        print(f"{name:6} by itself, us a token: {result[name]['token_us']}")
     print(f"-> {path}")
     return 0
 

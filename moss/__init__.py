@@ -33,7 +33,7 @@ _PUBLIC = {
     "Engine": "moss.engine",
     "RELEASED": "moss.engine",
     "Sampling": "moss.engine",
-    "answer": "moss.tools.run",
+    "answer": "moss.tools.chat_server",
     "ToolError": "moss.tools.base",
     "standard_tools": "moss.tools.base",
     "tool": "moss.tools.base",

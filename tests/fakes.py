@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moss.engine import Sampling, Stream, Token
+from moss.engine import Grammar, Sampling, Stream, Token
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
 from moss.weights import save_model
@@ -41,6 +41,7 @@ class ScriptedEngine:
         self.prompts: list[list[int]] = []
         self.samplings: list[Sampling] = []
         self.conversations: list[Hashable | None] = []
+        self.grammars: list[Grammar | None] = []
         self.prefixes: list[int] = []
         self.streams: list[Stream] = []
         self.forgotten: list[Hashable] = []
@@ -49,12 +50,19 @@ class ScriptedEngine:
         self.forgotten.append(conversation)
 
     def submit(
-        self, ids: Sequence[int], sampling: Sampling, *, conversation: Hashable | None = None, prefix: int = 0, **_: Any
+        self,
+        ids: Sequence[int],
+        sampling: Sampling,
+        *,
+        conversation: Hashable | None = None,
+        grammar: Grammar | None = None,
+        prefix: int = 0,
     ) -> Stream:
         """Replay the next answer; running out of answers is a test's mistake."""
         self.prompts.append(list(ids))
         self.samplings.append(sampling)
         self.conversations.append(conversation)
+        self.grammars.append(grammar)
         self.prefixes.append(prefix)
         stream = Stream(len(ids))
         self.streams.append(stream)

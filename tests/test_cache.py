@@ -191,16 +191,6 @@ def test_growth_keeps_content() -> None:
     assert cache.keys[0].shape == (3, 1, 700, 2)
 
 
-def test_whole_blocks_and_wide_passes() -> None:
-    """Passes of one fixed shape look at whole blocks of columns and at `width` rows, which must be there."""
-    cache = Cache(1, 1, 2, slots=2, max_length=700, block=512, width=16)
-    get(cache, [1, 2])
-    assert cache.keys[0].shape == (1, 1, 512, 2)
-    fill_to = get(cache, [1, 2])
-    cache.window(fill_to.row, [690], 10)
-    assert cache.keys[0].shape == (16, 1, 1024, 2)
-
-
 def test_mask_of_ragged_rows() -> None:
     """Rows of different lengths: each sees itself up to its own new token and nothing of the longer row."""
     cache = make()

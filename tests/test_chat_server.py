@@ -427,6 +427,10 @@ def test_both_forms_answer_as_the_model_here():
         on = Dialog(META_INSTRUCTION, switches, [Turn(question)])
         expected = turn_of(list(moss.answer(on, behind, tok, standard_tools(), options)))
         assert expected.rounds[0].results != "None"
+        remote, known = connect(f"{server.url}#m", locate())
+        with remote:
+            asked = moss.answer(on, remote, known, standard_tools(), Options(Sampling(temperature=0)))
+            assert turn_of(list(asked)) == expected
         with moss.load(f"{server.url}#m", tokenizer=locate()) as chat:
             assert repr(chat) == f"<moss.Chat with m at {server.url}, 0 turns>"
             seen = chat.ask(question)
@@ -440,6 +444,12 @@ def test_both_forms_answer_as_the_model_here():
         chat.ask("and times 3?")
         told = [message.get("content") for message in server.asked[-1]["messages"]]
         assert told == [META_INSTRUCTION, question, None, "444", "444", "and times 3?"]
+
+
+def test_the_public_answer_takes_a_chat_server():
+    """`moss.answer` was that of engines alone, and failed at a chat server's missing `submit`."""
+    with FakeServer(says("hello")) as server, ChatServer(server.url) as engine:
+        assert turn_of(list(moss.answer(dialog(), engine, None, TOOLS))).reply == "hello"
 
 
 def test_moss_chat(capsys: pytest.CaptureFixture[str], tmp_path: Path):

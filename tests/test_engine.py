@@ -20,6 +20,7 @@ import torch
 from moss.engine import RELEASED, Engine, EngineError, QueueFull, Sampling, Stream
 from moss.engine import engine as engine_module
 from moss.engine.cache import Cache
+from moss.engine.step import Runner
 from moss.model import Decoder
 from tests.fakes import toy_model
 from tests.test_sample import reference
@@ -50,9 +51,9 @@ def greedy(num_tokens: int, **values: object) -> Sampling:
 
 
 class Recorder:
-    """The model itself as a runner; notes the ids of every pass, and lets each begin only when `gate` returns."""
+    """A model or its runner; notes the ids of every pass, and lets each begin only when `gate` returns."""
 
-    def __init__(self, model: Decoder, gate: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, model: Runner, gate: Callable[[], object] = lambda: None) -> None:
         self.model, self.gate = model, gate
         self.passes: list[list[list[int]]] = []
 
@@ -95,9 +96,13 @@ def test_batched_equals_single(model: Decoder, engine: Engine) -> None:
     """Thirty ragged requests over four rows, joining and leaving at different steps: none may disturb another."""
     rng = random.Random(0)
     wanted = {seed: (rng.randrange(1, 90), rng.randrange(1, 25)) for seed in range(30)}
+    come = threading.Event()
+    engine.runner = recorder = Recorder(engine.runner, come.wait)
     streams = {seed: engine.submit(prompt(seed, n), greedy(k)) for seed, (n, k) in wanted.items()}
+    come.set()
     got = {seed: ids_of(stream) for seed, stream in streams.items()}
     assert got == {seed: naive(model, prompt(seed, n), k) for seed, (n, k) in wanted.items()}
+    assert max(map(len, recorder.passes)) == 4  # one after the other would give the same
 
 
 def test_long_prompt_is_read_in_pieces(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,17 +264,49 @@ def test_bad_prompts(model: Decoder, ids: list[int], message: str) -> None:
 
 
 def test_cancel_frees_the_row(model: Decoder) -> None:
-    """A cancelled request must stop within steps and let the one waiting behind it run."""
-    with Engine(model, slots=1) as engine:
+    """A cancelled request must end at the next step and let the one waiting behind it run."""
+    come = threading.Event()
+
+    def gate() -> None:
+        come.wait()
+        if len(recorder.passes) == 2:
+            dropped.cancel()
+            running.cancel()
+
+    with Engine(model, slots=1, lookup=False) as engine:
+        engine.runner = recorder = Recorder(engine.runner, gate)
         running = engine.submit(prompt(1, 10), greedy(500))
         waiting = engine.submit(prompt(2, 10), greedy(5))
         dropped = engine.submit(prompt(3, 10), greedy(5))
-        next(running)
-        dropped.cancel()
-        running.cancel()
-        assert len(ids_of(running)) < 500 and running.finish == "cancelled"
+        come.set()
+        assert ids_of(running) == naive(model, prompt(1, 10), 3)  # that of the pass under way is the last
+        assert running.finish == "cancelled"
         assert ids_of(waiting) == naive(model, prompt(2, 10), 5)
         assert ids_of(dropped) == [] and dropped.finish == "cancelled"
+        assert recorder.passes[3] == [prompt(2, 10)] and len(recorder.passes) == 3 + 5
+
+
+@pytest.mark.parametrize("finish", ["cancelled", "time"])
+def test_a_prompt_need_not_be_read_to_its_end(model: Decoder, finish: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who leaves while a long prompt is read must not hold the row for the rest of it; what was read is not lost."""
+    monkeypatch.setattr(engine_module, "PIECE", 16)
+    come = threading.Event()
+
+    def gate() -> None:
+        come.wait()
+        if len(recorder.passes) == 2:
+            long.cancel() if finish == "cancelled" else time.sleep(0.6)
+
+    ids, limit = prompt(1, 320), {"time_limit": 0.5} if finish == "time" else {}
+    with Engine(model, slots=1) as engine:
+        engine.runner = recorder = Recorder(engine.runner, gate)
+        long = engine.submit(ids, greedy(3, **limit), conversation="a")
+        again = engine.submit(ids, greedy(3), conversation="a")
+        come.set()
+        assert ids_of(long) == [] and long.finish == finish
+        assert ids_of(again) == naive(model, ids, 3)
+        # The third piece was under way; where the machine is very busy the time is over before.
+        assert again.reused == 48 or (finish == "time" and again.reused < 48)
 
 
 def test_time_limit(model: Decoder, engine: Engine) -> None:
@@ -351,37 +388,54 @@ def test_grammar_masks_its_own_request(model: Decoder, engine: Engine) -> None:
 
 
 class Faulty(Alternating):
-    """A grammar that goes wrong at its second id, in a way of its own."""
+    """A grammar that goes wrong at its second id: it raises, or has a mask that cannot be used."""
 
-    def __init__(self, fault: str) -> None:
+    def __init__(self, raises: Exception | None = None, at: str = "mask", mask: Any = None) -> None:
         super().__init__()
-        self.fault = fault
+        self.error, self.at, self.second = raises, at, mask
 
     def start(self) -> Faulty:
-        return Faulty(self.fault)
+        return Faulty(self.error, self.at, self.second)
 
-    def mask(self) -> torch.Tensor:
-        if not self.said:
-            return torch.ones(VOCAB, dtype=torch.bool)
-        if self.fault == "mask":
-            raise ValueError("no such state")
-        return torch.tensor([False] * (VOCAB - 9 if self.fault == "short" else VOCAB) + [True] * (self.fault == "long"))
+    def mask(self) -> Any:
+        if self.said and self.error is not None:
+            raise self.error
+        return self.second if self.said else torch.ones(VOCAB, dtype=torch.bool)
 
     def advance(self, id: int) -> None:
         super().advance(id)
-        if self.fault == "advance":
-            raise ValueError("no such state")
+        if self.at == "advance" and self.error is not None:
+            raise self.error
 
 
-@pytest.mark.parametrize("fault", ["mask", "advance", "short", "long"])
-def test_faulty_grammar_ends_its_own_request(model: Decoder, engine: Engine, fault: str) -> None:
+@pytest.mark.parametrize("error", [ValueError("no such state"), KeyError("no such state")], ids=["value", "key"])
+@pytest.mark.parametrize("at", ["mask", "advance"])
+def test_error_of_a_grammar_ends_its_own_request(model: Decoder, engine: Engine, at: str, error: Exception) -> None:
     """An error in one user's grammar was raised at every user's stream."""
+    ends_alone(model, engine, Faulty(error, at), "no such state")
+
+
+MASKS = {
+    "short": (torch.zeros(VOCAB - 9, dtype=torch.bool), "no token to follow"),
+    "long": (torch.tensor([False] * VOCAB + [True]), "no token to follow"),
+    "kind": (torch.ones(VOCAB), r"is bool \(V,\), not torch.float32 \(97,\)"),
+    "rows": (torch.ones(1, VOCAB, dtype=torch.bool), r"is bool \(V,\), not torch.bool \(1, 97\)"),
+    "list": ([True], "'list' object"),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_mask_that_cannot_be_used_ends_its_own_request(model: Decoder, engine: Engine, name: str) -> None:
+    """A mask of another length, dtype or shape than promised went into the step of all requests."""
+    mask, words = MASKS[name]
+    ends_alone(model, engine, Faulty(mask=mask), words)
+
+
+def ends_alone(model: Decoder, engine: Engine, grammar: Faulty, words: str) -> None:
+    """Nine requests with this grammar fail with these words; the one beside them does not."""
     innocent = engine.submit(prompt(1, 10), greedy(60))
-    faulty = [engine.submit(prompt(seed, 5), greedy(9), grammar=Faulty(fault)) for seed in range(9)]
-    for stream in faulty:
-        with pytest.raises(
-            EngineError, match="no such state" if fault in ("mask", "advance") else "no token to follow"
-        ):
+    for stream in [engine.submit(prompt(seed, 5), greedy(9), grammar=grammar) for seed in range(9)]:
+        with pytest.raises(EngineError, match=words):
             ids_of(stream)
     assert ids_of(innocent) == naive(model, prompt(1, 10), 60)
 

@@ -171,7 +171,7 @@ def test_targets() -> None:
 
 
 def test_ask_counts_what_really_ran(tok: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The executed calls are counted at the tool itself, and a tool's failure is seen."""
+    """The executed calls are counted at the tool itself, a tool's failure is seen, and the model is held to nothing."""
     monkeypatch.setenv("MOSS_SANDBOX", "inline")
     eot, commands, eoc, moss, eom = (tok.marker(m) for m in ("<eot>", "<|Commands|>", "<eoc>", "<|MOSS|>", "<eom>"))
     line = tok.encode(': Calculate("1+1"), Calculate("1/0"), Search("x")')
@@ -181,6 +181,7 @@ def test_ask_counts_what_really_ran(tok: Tokenizer, monkeypatch: pytest.MonkeyPa
     assert sorted(got.ran) == ["Calculate", "Calculate"] and got.turn.reply == "2" and len(got.errors) == 2
     assert got.called == {"Calculate", "Search"} and got.tokens == sum(map(len, script))
     assert engine.samplings[0].temperature == 0
+    assert engine.grammars == [None, None]  # under a grammar nothing that is off could be called, and no rate be raw
 
 
 def test_scripted_sets_know_their_answers() -> None:

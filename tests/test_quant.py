@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from fakes import toy_model
 from torch import nn
 
 from moss import resolve
 from moss.chat import META_INSTRUCTION, Dialog, Turn, render
 from moss.engine import quant
-from moss.engine.kernels import SLACK, library, paths
+from moss.engine.kernels import SLACK, library
 from moss.engine.quant import QuantLinear, load_quantized, pack, product, quantize_, unpack
 from moss.engine.step import runner
 from moss.model import Decoder, ModelConfig
 from moss.weights import load_model, open_model, save_model
+from tests.fakes import toy_model
+from tests.test_kernels import EACH_PATH
 
 
 def weight_of(rows: int, cols: int) -> torch.Tensor:
@@ -47,7 +48,7 @@ def test_int4_by_hand():
     assert scale.numel() - scale.shape[1] >= SLACK  # room behind the last row for vector loads
 
 
-@pytest.mark.parametrize("path", paths())
+@pytest.mark.parametrize("path", EACH_PATH)
 @pytest.mark.parametrize("width", ["int8", "int4"])
 @pytest.mark.parametrize("cols", [128, 300, 704])
 def test_weights_are_within_half_a_step(width: str, cols: int, path: str, monkeypatch: pytest.MonkeyPatch):
@@ -76,16 +77,22 @@ def test_few_tokens_many_tokens_and_no_kernels_agree(width: str, monkeypatch: py
     assert many.shape == exact.shape
     assert (many - exact).norm() / exact.norm() < 0.005  # bfloat16 product
     assert (few - exact).norm() / exact.norm() < 0.01  # activations of 8 bits
-    for path in paths():
-        monkeypatch.setattr(quant, "library", lambda path=path: library(path))
-        monkeypatch.setitem(quant.MANY, path, 40)  # pieces, the last of them not whole, are joined in order
-        pieces = layer(x[:, :20])
-        assert torch.equal(pieces, torch.stack([layer(x[:, column]) for column in range(20)], 1))
     monkeypatch.setattr(quant, "library", lambda: None)
     alone = layer(x[:, 0])
     assert (alone - exact[:, 0]).norm() / exact.norm() < 0.005
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     assert layer(x[:0]).shape == (0, 70, 70)
+
+
+@pytest.mark.parametrize("path", EACH_PATH)
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_pieces_are_joined_in_order(width: str, path: str, monkeypatch: pytest.MonkeyPatch):
+    """What one call of the kernels cannot take goes in pieces, the last of them not whole; none may be lost or move."""
+    monkeypatch.setattr(quant, "library", lambda: library(path))
+    monkeypatch.setitem(quant.MANY, path, 40)
+    layer = QuantLinear(weight_of(70, 300), torch.randn(70), width)
+    x = torch.randn(2, 20, 300, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(x), torch.stack([layer(x[:, column]) for column in range(20)], 1))
 
 
 @pytest.mark.parametrize(("width", "bits", "error"), [("int8", 8.0, 0.008), ("int4", 4.25, 0.1)])

@@ -13,6 +13,7 @@ import pytest
 
 from moss.chat import META_INSTRUCTION, Dialog, Turn, render
 from moss.engine import Engine, EngineError, Sampling, Token
+from moss.engine.grammar import commands_grammar
 from moss.engine.remote import KEY, RemoteEngine
 from moss.resolve import load
 from moss.tokenizer import Tokenizer
@@ -315,6 +316,17 @@ def test_a_prompt_that_cannot_be_completed_is_refused_at_once(prompt: list[int],
         pytest.raises(ValueError, match=re.escape(words)),
     ):
         engine.submit(prompt, sampling)
+
+
+def test_a_grammar_is_refused(nano: tuple[Engine, Tokenizer]):
+    """Silently dropped, whoever relied on it would read calls of tools that are switched off."""
+    with (
+        FakeServer() as server,
+        RemoteEngine(server.url) as engine,
+        pytest.raises(ValueError, match="a grammar is given; no server knows it, so leave it out"),
+    ):
+        engine.submit([1], KEEP, grammar=commands_grammar(nano[1], {}))
+    assert server.asked == []
 
 
 # ------------------------------------------------------------------------------------------- finding the server

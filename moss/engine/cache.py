@@ -107,21 +107,15 @@ class Cache:
         max_length: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        block: int = 1,
-        width: int = 1,
     ) -> None:
-        """`block` and `width` are for passes of one fixed shape (`fixed.py`): the number of columns is a multiple of
-        `block`, and there are at least `width` rows as soon as there are two.
-        """
         if slots < 1:
             raise ValueError(f"slots is {slots}; a cache needs at least one")
         self.max_slots, self.max_length = slots, max_length
-        self.block, self.width = block, width
         self.prefixes: list[Prefix] = []  # least recently used first
         self.slots: list[Slot] = []
         self.live: list[Slot] = []
         self._tick = 0
-        shape = (1, num_kv_heads, self._columns(min(FIRST_LENGTH, max_length)), head_dim)
+        shape = (1, num_kv_heads, min(FIRST_LENGTH, max_length), head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
 
@@ -249,10 +243,6 @@ class Cache:
         a.row, b.row = b.row, a.row
         self.slots[a.row], self.slots[b.row] = a, b
 
-    def _columns(self, length: int) -> int:
-        """`length`, but no more than a row may hold, in whole blocks."""
-        return -(-min(length, self.max_length) // self.block) * self.block
-
     def _reserve(self, length: int) -> None:
         """Grow the tensors until they have `length` columns and a row for every slot."""
         assert length <= self.max_length, (length, self.max_length)
@@ -263,8 +253,7 @@ class Cache:
             columns *= 2
         while rows < len(self.slots):
             rows *= 2
-        rows = min(rows, self.max_slots)
-        shape = (rows if rows == 1 else max(rows, self.width), heads, self._columns(columns), size)
+        shape = (min(rows, self.max_slots), heads, min(columns, self.max_length), size)
         for stores in (self.keys, self.values):
             for layer, old in enumerate(stores):
                 # Zeros, not garbage: a masked column has weight 0, and 0 * NaN would still be NaN.

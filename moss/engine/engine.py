@@ -28,14 +28,15 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from moss.engine.cache import Cache
-from moss.engine.fixed import WIDTH, Padded, fixed_runner
+from moss.engine.fixed import WIDTH, fixed_runner, logits_in_passes
 from moss.engine.kernels import rest
 from moss.engine.lookup import Account, Lookup
 from moss.engine.requests import EngineError, Grammar, Queue, Request, Stream, Token, checked_prompt
@@ -72,7 +73,8 @@ class Engine:
         self.slots, self.lookup = slots, lookup
         self._account = Account()
         self.max_length = min(model.config.max_length, max_length or model.config.max_length)
-        self.runner: Runner = fixed_runner(model) if deterministic else runner(model)
+        self._fixed = fixed_runner(model) if deterministic else None
+        self.runner: Runner = self._fixed or runner(model)
         self.most = WIDTH if deterministic else sys.maxsize  # tokens of a pass
         self._waiting = Queue(queue, slots)
         self._inbox: deque[Callable[[], None]] = deque()
@@ -133,13 +135,20 @@ class Engine:
         if not 1 <= len(ids) <= self.max_length:
             raise ValueError(f"{len(ids)} ids to score; give 1 to {self.max_length}")
         result: list[float] = []
-        if len(ids) == 1:
-            return result
-        row = torch.tensor([ids], device=self.device)  # (1, T)
-        hidden = model.hidden(row[:, :-1])[0]
-        for states, targets in zip(hidden.split(PIECE), row[0, 1:].split(PIECE)):
-            result += logprobs_of(model.logits(states).float(), targets).tolist()
+        if len(ids) > 1:
+            targets = torch.tensor(ids[1:], device=self.device)
+            for logits in self._logits_after(model, ids[:-1]):
+                result += logprobs_of(logits, targets[len(result) : len(result) + len(logits)]).tolist()
         return result
+
+    def _logits_after(self, model: Decoder, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The scores (…, V) of what follows each of ids (T), in pieces."""
+        if self._fixed is not None:
+            yield from logits_in_passes(self._fixed, ids)
+            return
+        hidden = model.hidden(torch.tensor([ids], device=self.device))[0]
+        for states in hidden.split(PIECE):
+            yield model.logits(states).float()
 
     def close(self) -> None:
         """End every request as cancelled, stop the thread and let go of the model and the cache."""
@@ -184,13 +193,11 @@ class Engine:
             max_length=self.max_length,
             dtype=self.dtype,
             device=self.device,
-            block=self.runner.block if isinstance(self.runner, Padded) else 1,
-            width=self.runner.width if isinstance(self.runner, Padded) else 1,
         )
 
     def _release(self) -> None:
         """Let go of all that is large; nothing can run afterwards."""
-        del self.model, self.runner, self._cache
+        del self.model, self.runner, self._fixed, self._cache
 
     def _work(self) -> bool:
         """Work until nothing is left to do. False when the engine is closed."""
@@ -379,7 +386,7 @@ class Engine:
         elif request.following is not None:
             try:
                 request.following.advance(token.id)
-            except ValueError as error:
+            except Exception as error:
                 self._end(request, None, error)
 
     def _end(self, request: Request, finish: str | None, error: BaseException | None = None) -> None:
@@ -401,23 +408,28 @@ def _following(request: Request, vocab_size: int) -> tuple[Tensor | None, Except
     """Which ids a request's grammar allows next, bool (up to V,) or None for all; and why it must end, if it must."""
     try:
         mask = None if request.following is None else request.following.mask()
-    except ValueError as error:
+        if mask is None:
+            return None, None
+        if mask.dtype != torch.bool or mask.dim() != 1:
+            raise TypeError(f"the mask of a grammar is bool (V,), not {mask.dtype} {tuple(mask.shape)}")
+        if len(mask) != vocab_size:
+            mask = pad(mask, (0, vocab_size - len(mask)))  # ids that the tokenizer does not have
+        if not mask.any():
+            raise EngineError("the grammar of this request allows no token to follow")
+    except Exception as error:  # anybody's code; it must end nobody else's request
         return None, error
-    if mask is not None and not mask[:vocab_size].any():
-        return None, EngineError("the grammar of this request allows no token to follow")
-    return None if mask is None else mask[:vocab_size], None
+    return mask, None
 
 
 def _masked(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
     """Scores (B, V) with -inf where a row's mask forbids the id."""
     if all(mask is None for mask in masks):
         return logits
-    logits = logits.clone()
-    for row, mask in zip(logits, masks):
-        if mask is not None:
-            row[: len(mask)].masked_fill_(~mask.to(row.device), -torch.inf)
-            row[len(mask) :] = -torch.inf  # ids that the tokenizer does not have
-    return logits
+    rows = [
+        row if mask is None else torch.where(mask.to(row.device), row, -torch.inf)
+        for row, mask in zip(logits.split(1), masks)
+    ]
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _serve(wakes: SimpleQueue[Engine | None]) -> None:

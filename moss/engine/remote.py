@@ -4,7 +4,7 @@
     for token in engine.submit(ids, Sampling(temperature=0, max_tokens=64)):
         print(token.id, token.logprob)
 
-vLLM and SGLang hold the models that one machine cannot; `answer` does not see the difference. A prompt goes to
+vLLM and SGLang hold the models that one machine cannot; `moss.answer` does not see the difference. A prompt goes to
 `/completions` as a list of ids, and the new ids come back in one of these forms, tried in this order:
 
 * `choices[].token_ids`, what `return_token_ids` asks for: vLLM (since August 2025), SGLang (since July 2026);
@@ -13,8 +13,9 @@ vLLM and SGLang hold the models that one machine cannot; `answer` does not see t
 
 A server that sends text alone is refused: text cut into tokens once more is not what the model said. Stop ids and
 `max_tokens` are held here as well, for servers that do not know `stop_token_ids`. A grammar cannot be followed there,
-nor a length penalty; `answer` ends a pass that leaves the format. A key, where the server wants one, stands in the
-environment variable MOSS_API_KEY; it goes to this server alone, and into no message.
+nor a length penalty, and both are refused; `moss.answer` asks for no grammar and ends a pass that leaves the format.
+A key, where the server wants one, stands in the environment variable MOSS_API_KEY; it goes to this server alone, and
+into no message.
 
 Whatever goes wrong is an `EngineError` of one line. All requests of a server share one background thread; cancelling
 one closes its connection, by which the server knows that nobody listens.
@@ -287,13 +288,15 @@ class RemoteEngine(Server):
         logprobs: int = 0,
         prefix: int = 0,
     ) -> RemoteStream:
-        """As `Engine.submit`. `conversation`, `owner`, `grammar` and `prefix` mean nothing to these servers.
+        """As `Engine.submit`. `conversation`, `owner` and `prefix` mean nothing to these servers.
 
-        ValueError where the prompt is empty, too long or holds an unknown id, or for a length penalty.
+        ValueError where the prompt is empty, too long or holds an unknown id, for a length penalty or a grammar.
         """
         ids = checked_prompt(ids, self.max_length, self.vocab_size)
         if sampling.length_penalty != 1:
             raise ValueError(f"length_penalty is {sampling.length_penalty}; no server knows it, so leave it at 1")
+        if grammar is not None:
+            raise ValueError("a grammar is given; no server knows it, so leave it out")
         body = {
             "prompt": ids,
             "max_tokens": min(sampling.max_tokens, self.max_length - len(ids)),

@@ -42,7 +42,7 @@ class Token:
 
 
 class Following(Protocol):
-    """Where a grammar stands in one answer. A ValueError from here ends this answer alone."""
+    """Where a grammar stands in one answer. An error from here ends this answer alone."""
 
     def mask(self) -> Tensor | None:
         """Which ids may come next, bool (V,) on the CPU; None where all may."""
