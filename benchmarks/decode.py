@@ -47,9 +47,11 @@ STREAMS = (2, 4, 8)
 FEW = 3  # rounds in which also several streams and prompts are timed
 PREFILL, HISTORY = 512, 1500  # tokens of a prompt, and of a first turn
 
-# The second probe, and all linear layers of a token in one call: a call from Python costs as much as a small layer.
+# The second probe; and all linear layers of a token one after the other, each thread with its rows, as in a step: a
+# call from Python, or threads that start anew for each layer, cost as much as a small layer.
 STUB = """
 #include <cstdint>
+#include <omp.h>
 struct Linear { const void *w, *s, *o; const float* b; int64_t rows, cols, kind; };
 extern "C" float stream(const float* p, int64_t n, int threads) {
     float all = 0;
@@ -63,8 +65,20 @@ extern "C" float stream(const float* p, int64_t n, int threads) {
     return all;
 }
 extern "C" void sweep(void (*f)(const Linear*, const float*, int64_t, float*, int64_t), const Linear* l, int64_t count,
-                      const float* x, int64_t n, float* y, int64_t threads) {
-    for (int64_t i = 0; i < count; i++) f(l + i, x, n, y, threads);
+                      const float* x, float* y, int threads) {
+#pragma omp parallel num_threads(threads)
+    for (int64_t i = 0; i < count; i++) {
+        const int64_t id = omp_get_thread_num(), groups = (l[i].cols + 127) / 128;
+        const int64_t first = l[i].rows * id / threads, last = l[i].rows * (id + 1) / threads;
+        const int64_t row[] = {l[i].cols * 4, l[i].cols * 2, groups * 128, groups * 64};  // bytes
+        Linear part = l[i];
+        part.rows = last - first;
+        part.w = (const char*)part.w + first * row[part.kind];
+        part.s = (const char*)part.s + first * (part.kind == 2 ? 4 : groups * 2);
+        part.o = (const char*)part.o + first * groups * 2;
+        f(&part, x, 1, y + first, 1);
+#pragma omp barrier
+    }
 }
 """
 
@@ -123,9 +137,9 @@ def linears_alone(model: Decoder, fast: Step, probe: Probe, rounds: int) -> dict
     x, y = torch.randn(model.config.ffn), torch.empty(model.config.vocab_size)
     call = probe.stub.sweep
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    call.argtypes = (pointer, pointer, number, pointer, number, pointer, number)
+    call.argtypes = (pointer, pointer, number, pointer, pointer, ctypes.c_int)
     function = ctypes.cast(fast.kernels._linear, ctypes.c_void_p)
-    arguments = (function, array, len(linears), x.data_ptr(), 1, y.data_ptr(), torch.get_num_threads())
+    arguments = (function, array, len(linears), x.data_ptr(), y.data_ptr(), torch.get_num_threads())
     total, rates, shares = weight_bytes(model), [], []
     for _ in range(rounds):
         before = probe()
@@ -151,10 +165,10 @@ def whole_step(
             before = probe()
             rates.append(decode_rate(engine, 1, tokens))
             shares.append(share(rates[-1] * total / 1e9, before, probe()))
-            for streams in STREAMS[: None if turn < FEW else 0]:
-                together[streams].append(decode_rate(engine, streams, tokens))
             if turn < FEW:
                 prefills.append(PREFILL / two_turns(engine, PREFILL, 1)[0])
+                for streams in STREAMS:
+                    together[streams].append(decode_rate(engine, streams, tokens))
             if turn == 0:
                 turns = two_turns(engine, HISTORY, 32)[1:]
         for peer in peers:

@@ -158,8 +158,11 @@ class Cache(Protocol):
         """Take k and v (B, G, T, E) of the new tokens; give all of them so far, (B, G, S, E) each."""
         ...
 
-    def mask(self, length: int) -> Tensor:
-        """Which of the S tokens each of the `length` new ones may attend to: bool (B, 1, T, S)."""
+    def mask(self, length: int) -> Tensor | None:
+        """Which of the S tokens each of the `length` new ones may attend to: bool (B, 1, T, S).
+
+        None where there are no others and each attends to those before it and itself.
+        """
         ...
 
 

@@ -421,6 +421,8 @@ class Script:
         return mask
 
     def advance(self, id: int) -> None:
+        if id != self.ids[0]:
+            raise ValueError(f"id {id} is not in the script")
         self.ids.pop(0)
 
 

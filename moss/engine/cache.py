@@ -82,9 +82,11 @@ class Window:
             values[self._row_index, :, self.positions] = v.transpose(1, 2)
         return keys[self.rows, :, : self.length], values[self.rows, :, : self.length]
 
-    def mask(self, length: int) -> Tensor:
-        """(B, 1, T, S), True where the new token may attend: its own row up to itself."""
+    def mask(self, length: int) -> Tensor | None:
+        """(B, 1, T, S), True where the new token may attend: its own row up to itself. None: the new ones are all."""
         assert length == self.num_new, (length, self.num_new)
+        if self.start == 0:
+            return None
         if self._mask is None:
             columns = torch.arange(self.length, device=self.positions.device)
             self._mask = (columns <= self.positions[:, :, None])[:, None]

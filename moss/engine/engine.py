@@ -30,6 +30,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ class Engine:
         self._reset()
         _open_engines.add(self)
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -350,22 +351,47 @@ class Engine:
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Pick the next token of each row from its scores (B, V) and deliver it."""
-        masks, errors = zip(*(_following(request, logits.shape[-1]) for request in requests))
-        ids = choose(
+        # The likeliest of all ids is also the likeliest of those allowed, if it is allowed: no mask is made for it.
+        nothing = None, None
+        found = [nothing if each.sampling.greedy else _following(each, logits.shape[-1]) for each in requests]
+        ids, errors = self._pick(requests, logits, [mask for mask, _ in found]), [error for _, error in found]
+        for row, request in enumerate(requests):
+            if request.following is not None and errors[row] is None:
+                ids[row], errors[row] = self._follow(request, logits[row : row + 1], ids[row])
+        tops = self._tops(logits, max(request.num_top for request in requests))
+        logprobs = logprobs_of(logits, torch.tensor(ids, device=self.device)).tolist()
+        for request, error, id, logprob, top in zip(requests, errors, ids, logprobs, tops):
+            if error is None:
+                self._deliver(request, Token(id, logprob, top[: request.num_top]))
+            else:
+                self._end(request, None, error)
+
+    def _pick(self, requests: Sequence[Request], logits: Tensor, masks: Sequence[Tensor | None]) -> list[int]:
+        """An id for each row of scores (B, V), of those that its mask allows."""
+        return choose(
             _masked(logits, masks),
             [request.sampling for request in requests],
             [request.random.random() for request in requests],
             seen=[request.seen for request in requests],
             lengths=[request.num_new for request in requests],
         )
-        tops = self._tops(logits, max(request.num_top for request in requests))
-        logprobs = logprobs_of(logits, torch.tensor(ids, device=self.device)).tolist()
-        told = zip(requests, errors, ids, logprobs, tops)
-        for request, error, id, logprob, top in told:
-            if error is None:
-                self._deliver(request, Token(id, logprob, top[: request.num_top]))
-            else:
-                self._end(request, None, error)
+
+    def _follow(self, request: Request, logits: Tensor, id: int) -> tuple[int, Exception | None]:
+        """Lead a request's grammar on by an id, or by the likeliest that it allows; and why it must end, if it must."""
+        assert request.following is not None
+        try:
+            if request.sampling.greedy:
+                with contextlib.suppress(ValueError):
+                    request.following.advance(id)
+                    return id, None
+                mask, error = _following(request, logits.shape[-1])
+                if error is not None:
+                    return id, error
+                id = self._pick([request], logits, [mask])[0]
+            request.following.advance(id)
+        except Exception as error:  # anybody's code; it must end nobody else's request
+            return id, error
+        return id, None
 
     def _tops(self, logits: Tensor, number: int) -> Iterable[tuple[tuple[int, float], ...]]:
         """For each row the `number` likeliest ids with their log-probabilities."""
@@ -383,11 +409,6 @@ class Engine:
             self._end(request, "stop")
         elif len(request.ids) >= min(request.limit, self.max_length):
             self._end(request, "length")
-        elif request.following is not None:
-            try:
-                request.following.advance(token.id)
-            except Exception as error:
-                self._end(request, None, error)
 
     def _end(self, request: Request, finish: str | None, error: BaseException | None = None) -> None:
         """Take a request out from wherever it is, keep what its row holds, and close its stream."""
@@ -405,7 +426,7 @@ class Engine:
 
 
 def _following(request: Request, vocab_size: int) -> tuple[Tensor | None, Exception | None]:
-    """Which ids a request's grammar allows next, bool (up to V,) or None for all; and why it must end, if it must."""
+    """Which ids a request's grammar allows next, bool (V,) or None for all; and why it must end, if it must."""
     try:
         mask = None if request.following is None else request.following.mask()
         if mask is None:
@@ -416,7 +437,7 @@ def _following(request: Request, vocab_size: int) -> tuple[Tensor | None, Except
             mask = pad(mask, (0, vocab_size - len(mask)))  # ids that the tokenizer does not have
         if not mask.any():
             raise EngineError("the grammar of this request allows no token to follow")
-    except Exception as error:  # anybody's code; it must end nobody else's request
+    except Exception as error:  # as in `_follow`
         return None, error
     return mask, None
 

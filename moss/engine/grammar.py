@@ -114,7 +114,7 @@ def _line(signatures: Sequence[_Signature], max_calls: int | None) -> str:
 
 @dataclass(eq=False)
 class _Node:
-    """A place in a pass: which ids may come, and where each leads. Other allowed ids stay here.
+    """A place in a pass: which ids may come, and where each leads. Other allowed ids, all of them in `text`, stay here.
 
     mask: (V,) bool, shared and never changed; of a line of commands it is empty, and `line` makes the masks.
     """
@@ -158,7 +158,7 @@ class State:
         if self._line is not None:
             if following is not None and self._line.is_accepting():
                 self._enter(following)
-            elif following is not None or self._line.try_consume_tokens([id]) == 0:
+            elif id not in node.text or self._line.try_consume_tokens([id]) == 0:
                 raise ValueError(f"id {id} cannot come next in a line of commands; sample under the mask")
         elif following is not None:
             self._enter(following)
@@ -227,7 +227,7 @@ class _Vocabulary:
         matcher = llguidance.LLMatcher(tokens, llguidance.LLMatcher.grammar_from_regex(pattern))
         if matcher.is_error():
             raise ValueError(f"the commands of these tools make no grammar: {matcher.get_error()}")
-        return _Node(torch.empty(0, dtype=torch.bool), {self.eos_token_id: following}, line=matcher)
+        return _Node(torch.empty(0, dtype=torch.bool), {self.eos_token_id: following}, self.ordinary, matcher)
 
 
 _vocabulary = lru_cache(maxsize=4)(_Vocabulary)

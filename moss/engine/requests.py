@@ -49,7 +49,7 @@ class Following(Protocol):
         ...
 
     def advance(self, id: int) -> None:
-        """This id came."""
+        """Take this id. ValueError where the mask forbids it; all is then as before."""
         ...
 
 
