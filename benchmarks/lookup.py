@@ -1,7 +1,7 @@
 """What guesses from the prompt bring: the bundled model's answers with and without lookup.
 
-The passes of some questions (those of `moss eval tools`) are noted once; then each prompt is given by turns to two
-engines, of which one looks up. Timed is what comes after the first token. Both must say the same.
+The passes of some questions (those of `moss eval tools`) are noted once and then made again, by turns with and without.
+Timed is what comes after the first token. Both must say the same.
 
     python -m benchmarks.lookup [--questions 20] [--rounds 5]      # writes benchmarks/results/lookup.json
 """
@@ -21,6 +21,8 @@ from moss import resolve
 from moss.engine import Engine, Sampling, Stream
 from moss.evals.tool_cases import LANGS, scripted
 from moss.evals.tool_use import ask
+from moss.model import Decoder
+from moss.tokenizer import Tokenizer
 
 SETS = ("calculator", "solver", "chat", "identity")
 Pass = tuple[Sequence[int], Sampling]
@@ -49,43 +51,51 @@ def timed(engine: Engine, passes: Sequence[Pass]) -> tuple[float, list[list[int]
     return took, said, drafted, accepted
 
 
-def measure(name: str, plain: Noting, guessing: Engine, tok: Any, args: argparse.Namespace) -> dict[str, Any]:
-    plain.passes = []
-    for lang in LANGS:
-        for case in scripted(name, lang, args.questions, seed=0):
-            ask(case, plain, tok, threading.Semaphore(1), 256)
-    passes, ratios = plain.passes.copy(), []
-    said: list[list[int]] = []
-    drafted = accepted = 0
-    for _ in range(args.rounds):
-        slow, want, *_ = timed(plain, passes)
-        fast, said, drafted, accepted = timed(guessing, passes)
-        if said != want:
+def passes_of(name: str, model: Decoder, tok: Tokenizer, questions: int) -> list[Pass]:
+    """What the engine is asked when the questions of a set are answered."""
+    with Noting(model, slots=1) as engine:
+        engine.passes = []
+        for lang in LANGS:
+            for case in scripted(name, lang, questions, seed=0):
+                ask(case, engine, tok, threading.Semaphore(1), 256)
+        return engine.passes
+
+
+def measure(name: str, model: Decoder, tok: Tokenizer, args: argparse.Namespace) -> dict[str, Any]:
+    """Speed with lookup to speed without, in rounds; which goes first alternates, and each has the process alone."""
+    passes, ratios = passes_of(name, model, tok, args.questions), []
+    found: dict[bool, tuple[float, list[list[int]], int, int]] = {}
+    for turn in range(args.rounds):
+        for lookup in (False, True) if turn % 2 else (True, False):
+            with Engine(model, slots=1, lookup=lookup) as engine:
+                timed(engine, passes[:8])
+                found[lookup] = timed(engine, passes)
+        if found[True][1] != found[False][1]:
             raise SystemExit(f"{name}: lookup changed an answer")
-        ratios.append(slow / fast)
-    tokens = sum(map(len, said))
+        ratios.append(found[False][0] / found[True][0])
+    _, said, drafted, accepted = found[True]
     figures = {
         "passes": len(passes),
-        "tokens": tokens,
+        "tokens": sum(map(len, said)),
         "drafted": drafted,
         "accepted": accepted,
         "speed_with_lookup_to_without": round(median(ratios), 3),
+        "rounds": [round(ratio, 3) for ratio in ratios],
     }
     print(f"{name}: {figures}", flush=True)
-    return figures | {"rounds": [round(ratio, 3) for ratio in ratios]}
+    return figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--questions", type=int, default=20, help="of a set and language")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--model", help="folder of a model; the bundled one if left out")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
     model, tok = resolve.load(args.model, dtype=args.dtype)
     result: dict[str, Any] = begin("lookup")
-    with Noting(model, slots=1, lookup=False) as plain, Engine(model, slots=1) as guessing:
-        result["sets"] = {name: measure(name, plain, guessing, tok, args) for name in SETS}
+    result["sets"] = {name: measure(name, model, tok, args) for name in SETS}
     print(f"-> {publish(result)}")
     return 0
 

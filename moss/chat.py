@@ -188,8 +188,8 @@ def trim(
 
     They go in steps of about half of the room, which end where the lengths of the old turns alone put them: so a
     conversation that grows begins at the same turn until it is full again, and the cache knows that beginning, be it
-    trimmed from the whole or from what was left the last time. They go one by one where the last turn alone takes
-    more than half. It and the meta instruction always stay; `TooLong` if these do not fit.
+    trimmed from the whole or from what was left the last time. They go one by one, and the steps begin anew, where the
+    last turn alone takes more than half. It and the meta instruction always stay; `TooLong` if these do not fit.
     """
     head, turns = _pieces(dialog, tok, until, switches, form)
     tails = list(accumulate(_length(turn) for turn in reversed(turns)))[::-1]  # tokens from each turn to the end

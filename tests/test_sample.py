@@ -48,10 +48,11 @@ def reference(row: list[float], s: Sampling, seen: set[int], u: float, length: i
     return nucleus[-1]
 
 
-def test_choose_equals_reference() -> None:
-    """Order of the filters, batching of unlike rows, the draw: 400 random rows in batches of 8."""
+@pytest.mark.parametrize(("size", "rounds"), [(12, 50), (700, 10)])
+def test_choose_equals_reference(size: int, rounds: int) -> None:
+    """Order of the filters, batching of unlike rows, the draw, in batches of 8 random rows."""
     rng = random.Random(3)
-    for _ in range(50):
+    for _ in range(rounds):
         samplings = [
             Sampling(
                 temperature=rng.choice([0, 0.3, 0.7, 1.0, 2.0]),
@@ -60,17 +61,17 @@ def test_choose_equals_reference() -> None:
                 repetition_penalty=rng.choice([1.0, 1.02, 1.5]),
                 length_penalty=rng.choice([1.0, 1.1, 3.0]),
                 length_start=rng.choice([0, 4]),
-                stop_ids=frozenset(rng.sample(range(12), 2)),
+                stop_ids=frozenset(rng.sample(range(size), 2)),
             )
             for _ in range(8)
         ]
-        rows = [[rng.gauss(0, 2) for _ in range(12)] for _ in range(8)]
-        seen = torch.rand(8, 12) < 0.3
+        rows = [[rng.gauss(0, 2) for _ in range(size)] for _ in range(8)]
+        seen = torch.tensor([[rng.random() < 0.3 for _ in range(size)] for _ in range(8)])
         uniform = [rng.random() for _ in range(8)]
         lengths = [rng.randrange(9) for _ in range(8)]
         got = choose(torch.tensor(rows, dtype=torch.float64), samplings, uniform, seen=list(seen), lengths=lengths)
         want = [
-            reference(row, s, {i for i in range(12) if mask[i]}, u, length)
+            reference(row, s, {i for i in range(size) if mask[i]}, u, length)
             for row, s, mask, u, length in zip(rows, samplings, seen.tolist(), uniform, lengths)
         ]
         assert got == want

@@ -51,7 +51,8 @@ READERS = 4  # prompts that are read in turns, but for the first of each owner; 
 
 
 class Engine:
-    """Continuous batching of up to `slots` requests over one model and one cache; `queue` more may wait for a row.
+    """Continuous batching of up to `slots` requests over one model and one cache; `queue` more may wait for a row, a
+    quarter of them only as the first of their owner.
 
     `max_length` bounds prompt and answer together; it is the model's own length unless a shorter one is given.
     `deterministic` makes the scores of a prompt the same to the last bit whatever else runs or is remembered, at a
@@ -86,6 +87,7 @@ class Engine:
         self._closed = False
         self._reset()
         _open_engines.add(self)
+        rest()  # of whoever loaded the model; and again of whoever submits
 
     def __enter__(self) -> Self:
         return self
@@ -312,11 +314,11 @@ class Engine:
 
         Each token is chosen exactly as it would be step by step; keys of guesses that were wrong are overwritten.
         """
-        started = time.perf_counter()
         slot, stream = request.slot, request.stream
         assert slot is not None
         room = min(request.limit, self.max_length) - len(request.ids) - 1
         draft = lookup.propose(request.ids, room)
+        started = time.perf_counter()
         read = [request.ids[-1], *draft]
         logits = self._logits(self._forward(slot.row, [len(slot.ids)], [read])[0])  # (T, V)
         stream.drafted += len(draft)
@@ -351,9 +353,9 @@ class Engine:
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Pick the next token of each row from its scores (B, V) and deliver it."""
-        # The likeliest of all ids is also the likeliest of those allowed, if it is allowed: no mask is made for it.
+        # The likeliest of all ids is also the likeliest of those that may come, if it may: no mask is made for it.
         nothing = None, None
-        found = [nothing if each.sampling.greedy else _following(each, logits.shape[-1]) for each in requests]
+        found = [nothing if each.sampling.greedy else _allowed(each, logits.shape[-1]) for each in requests]
         ids, errors = self._pick(requests, logits, [mask for mask, _ in found]), [error for _, error in found]
         for row, request in enumerate(requests):
             if request.following is not None and errors[row] is None:
@@ -384,7 +386,7 @@ class Engine:
                 with contextlib.suppress(ValueError):
                     request.following.advance(id)
                     return id, None
-                mask, error = _following(request, logits.shape[-1])
+                mask, error = _allowed(request, logits.shape[-1])
                 if error is not None:
                     return id, error
                 id = self._pick([request], logits, [mask])[0]
@@ -425,7 +427,7 @@ class Engine:
         request.stream._end(finish, error)
 
 
-def _following(request: Request, vocab_size: int) -> tuple[Tensor | None, Exception | None]:
+def _allowed(request: Request, vocab_size: int) -> tuple[Tensor | None, Exception | None]:
     """Which ids a request's grammar allows next, bool (V,) or None for all; and why it must end, if it must."""
     try:
         mask = None if request.following is None else request.following.mask()

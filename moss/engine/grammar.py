@@ -152,7 +152,10 @@ class State:
         return torch.from_numpy(np.frombuffer(self._line.compute_logit_bias(), dtype=np.uint8) != 0)
 
     def advance(self, id: int) -> None:
-        """Take the id that was chosen. ValueError where the mask forbids it; the state is then as before."""
+        """Take the id that was chosen. ValueError where it cannot come; the state is then as before.
+
+        Within a line it takes every id whose text fits; where one text alone can follow, the mask has its longest id.
+        """
         node = self._node
         following = node.edges.get(id)
         if self._line is not None:

@@ -140,15 +140,29 @@ def describe(weight: Tensor, bias: Tensor | None = None) -> Linear:
     )
 
 
+SOFT_PAUSE = 1  # omp_pause_soft
+_forked = False  # in a child, those threads do not exist, and to end them would take for ever
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def rest() -> None:
     """End the threads that OpenMP keeps for the calling thread; its next operation starts them anew.
 
     Where a process has more of such threads than processors, GNU's OpenMP sends all of them to sleep between two
     operations. To wake them takes longer than a small operation: decode in another thread then runs at half its speed.
     """
-    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None) if sys.platform == "linux" else None
+    if sys.platform != "linux" or _forked:
+        return
+    pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
     if pause is not None:
-        pause(1)
+        pause(SOFT_PAUSE)
 
 
 _lock = threading.Lock()

@@ -8,7 +8,8 @@ numbers, so a draft changes the speed of an answer and nothing else, as long as 
 company: in our kernels and with `deterministic` they do not; elsewhere a near tie may fall the other way.
 
 A pass over a draft costs more than a step, so the engine keeps account of what both cost and what drafts bring, and
-pauses where they lose: for all its requests, twice as long each time.
+pauses where they do not bring GAIN times their cost: for all its requests, twice as long each time, half as long
+after one that did.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ DRAFT = 7  # ids guessed at once: with the id before them a pass of eight
 TRIALS = 3  # drafts that are tried before they are judged
 PAUSE, LONGEST = 16, 1024  # steps without drafts after a first loss, and at most
 MEMORY = 0.8  # share of the past in the running means
+GAIN = 1.2  # times what it costs a draft must bring: clocks are not exact
 
 
 class Account:
@@ -66,11 +68,11 @@ class Lookup:
             return
         if account.step == 0:
             account.wait = 1  # to see what a step costs
-        elif account.gain * account.step < account.draft:
+        elif account.gain * account.step < GAIN * account.draft:
             account.wait, account.pause = account.pause, min(2 * account.pause, LONGEST)
             account.trials, account.gain = 0, 0.0  # by then other things may be said
         else:
-            account.pause = PAUSE
+            account.pause = max(PAUSE, account.pause // 2)
 
 
 def _mean(mean: float, value: float) -> float:

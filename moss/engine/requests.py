@@ -49,7 +49,10 @@ class Following(Protocol):
         ...
 
     def advance(self, id: int) -> None:
-        """Take this id. ValueError where the mask forbids it; all is then as before."""
+        """Take this id. ValueError where it cannot come; all is then as before.
+
+        It may take what the mask leaves out, such as another way to cut the same text into ids.
+        """
         ...
 
 

@@ -2,9 +2,9 @@
 
 The order is the usual one: repetition penalty, temperature, top-k, top-p, length penalty, draw. A draw turns one
 uniform number per row into a token by the inverse of the cumulative distribution in id order, so that what a request
-gets depends on its seed and its logits alone, never on which other requests share the step or on the device. What
-concerns the whole vocabulary is done by torch where the logits lie; the few ids that may stay are a matter of numpy,
-whose operations start in a fraction of the time.
+gets depends on its seed and its logits alone, never on which other requests share the step. What concerns the whole
+vocabulary is done by torch where the logits lie; the few ids that may stay are a matter of numpy, whose operations
+start in a fraction of the time.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def narrow(logits: Tensor, sampling: Sampling, head: tuple[Array, Array] | None 
     The ids ascend. `head`: what `likeliest` gives for HEADS[0], where the caller has it already.
     """
     size, top_k, top_p = len(logits), sampling.top_k, sampling.top_p
-    for count in (*(head for head in HEADS if top_k <= head < size), size):
+    for count in (*(count for count in HEADS if top_k <= count < size), size):
         if count == size:
             values, ids = logits.cpu().numpy(), np.arange(size)
         else:
@@ -168,7 +168,10 @@ def choose(
             ids, exponents = narrow(logits[row], sampling, heads and (heads[0][row], heads[1][row]))
         else:
             values = logits[row].cpu().numpy().astype(np.float64)
-            ids, exponents = np.arange(len(values)), (values - values.max()) / (sampling.temperature or 1)
+            ids, exponents = (
+                np.arange(len(values)),
+                (values - values.max()) / (1 if sampling.greedy else sampling.temperature),
+            )
         if past:
             exponents = urge(exponents, np.isin(ids, list(sampling.stop_ids)), past, sampling.length_penalty)
         chosen.append(int(ids[exponents.argmax() if sampling.greedy else draw(exponents, uniforms[row])]))

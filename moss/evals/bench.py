@@ -186,7 +186,7 @@ def decode_rate(engine: Engine, streams: int, tokens: int) -> float:
         next(stream)
 
     def waiting() -> int:  # tokens that are made but not taken yet
-        return sum(stream._tokens.qsize() for stream in running)
+        return sum(stream._tokens.qsize() - (stream.finish is not None) for stream in running)  # its end is no token
 
     before, begun = waiting(), time.perf_counter()
     made = sum(1 for _ in running[0])
