@@ -40,7 +40,7 @@ def test_pauses_where_it_loses() -> None:
             assert drafts.propose(text, 9)
             drafts.passed(accepted, 3.0)
         steps = 0
-        while not drafts.propose(text, 9):
+        while drafts.account.waits():
             steps += 1
         return steps
 
@@ -53,15 +53,18 @@ def test_the_next_request_knows_what_the_last_one_learnt() -> None:
     """Every pass of every turn paid for a trial of its own before it saw again that drafts lose."""
     account, text = Account(), [6, 7, 6, 7, 6, 7]
     tried = []
-    for _ in range(6):  # answers of ten steps
+    for _ in range(30):  # answers of ten steps
         drafts = Lookup(account)
-        drafts.stepped(1.0)
         tried.append(0)
         for _ in range(10):
-            if drafts.propose(text, 9):
+            if not account.waits() and drafts.propose(text, 9):
                 drafts.passed(0, 3.0)
                 tried[-1] += 1
-    assert TRIALS == 3 and tried == [3, 1, 2, 0, 0, 3]  # after pauses of 16 and of 32 steps
+            else:
+                drafts.stepped(1.0)
+    assert (
+        sum(tried) == 3 * TRIALS + 1 and PAUSE == 64
+    )  # once without a step to compare; pauses of 64 and of 128 steps, in 300 steps
 
 
 def test_a_step_is_measured_before_drafts_are_judged() -> None:
@@ -113,7 +116,7 @@ def test_same_answer_with_and_without(repeats: int, deterministic: bool, monkeyp
     drafted = accepted = 0
     with (
         Engine(model, slots=1, lookup=False, deterministic=deterministic) as plain,
-        Engine(model, slots=1, deterministic=deterministic) as guessing,
+        Engine(model, slots=1, deterministic=deterministic, lookup=True) as guessing,
     ):
         for seed in range(4 * repeats):
             want = plain.submit(copying(seed), settings(seed), conversation=seed % 3)
@@ -148,7 +151,7 @@ def test_requests_of_an_engine_share_their_account(monkeypatch: pytest.MonkeyPat
     """Answers of a few words never end the trials that each of them begins anew."""
     accounts: list[Account] = []
     monkeypatch.setattr(engine, "Lookup", lambda account: accounts.append(account) or Lookup(account))
-    with Engine(toy_model(), slots=1) as shared:
+    with Engine(toy_model(), slots=1, lookup=True) as shared:
         for _ in range(2):
             list(shared.submit([1, 2, 3] * 5, Sampling(temperature=0, max_tokens=4)))
     assert accounts[0] is accounts[1] and accounts[0].step > 0
@@ -158,7 +161,7 @@ def test_copying_takes_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forty tokens that stand in the prompt must come in passes of eight; in company each step is of one token."""
     monkeypatch.setattr(lookup, "TRIALS", 10**9)
     text = list(range(60))
-    with Engine(toy_model(), slots=2) as engine:
+    with Engine(toy_model(), slots=2, lookup=True) as engine:
         engine.runner = parrot = Parrot(engine.model, text)
         greedy = Sampling(temperature=0, max_tokens=40)
         stream = engine.submit([*text, 3, 4, 5], greedy)
@@ -166,3 +169,11 @@ def test_copying_takes_fewer_passes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert parrot.passes == 1 + 5 and stream.accepted == stream.drafted == 34
         streams: list[Stream] = [engine.submit([*text, 3, 4, 5], greedy) for _ in range(2)]
         assert [[token.id for token in stream] for stream in streams] == [list(range(6, 46))] * 2
+
+
+def test_small_models_do_not_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the bundled model is over before a guess is worth its search."""
+    for smallest, looks in ((1, True), (1 << 40, False)):
+        monkeypatch.setattr(engine, "LOOKUP_BYTES", smallest)
+        with Engine(toy_model()) as one:
+            assert one.lookup == looks

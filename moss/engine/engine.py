@@ -46,6 +46,7 @@ from moss.engine.step import Runner, runner
 from moss.model import Decoder
 
 PIECE = 512  # prompt tokens read in one step; also positions scored at once
+LOOKUP_BYTES = 64 << 20  # of weights: the bundled model, with 15 MB, loses by guesses as often as it wins
 SHARED_PIECE = 128  # the same while others decode and wait for the step to end
 READERS = 4  # prompts that are read in turns, but for the first of each owner; more of them would only all be late
 
@@ -56,7 +57,8 @@ class Engine:
 
     `max_length` bounds prompt and answer together; it is the model's own length unless a shorter one is given.
     `deterministic` makes the scores of a prompt the same to the last bit whatever else runs or is remembered, at a
-    price (`fixed.py`). `lookup` guesses what is copied; it changes no answer.
+    price (`fixed.py`). `lookup` guesses what is copied; None does so for models of LOOKUP_BYTES and more, whose steps
+    are dear enough.
     """
 
     def __init__(
@@ -67,12 +69,13 @@ class Engine:
         max_length: int | None = None,
         queue: int = 256,
         deterministic: bool = False,
-        lookup: bool = True,
+        lookup: bool | None = None,
     ) -> None:
         self.model, self.config = model.eval(), model.config
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
-        self.slots, self.lookup = slots, lookup
+        large = sum(each.nbytes for each in (*model.parameters(), *model.buffers())) >= LOOKUP_BYTES
+        self.slots, self.lookup = slots, large if lookup is None else lookup
         self._account = Account()
         self.max_length = min(model.config.max_length, max_length or model.config.max_length)
         self._fixed = fixed_runner(model) if deterministic else None
@@ -297,7 +300,7 @@ class Engine:
         live = self._cache.live
         requests: list[Request] = [slot.user for slot in live]
         lookup = requests[0].lookup if len(requests) == 1 else None
-        if lookup is not None:
+        if lookup is not None and not self._account.waits():
             self._look_up(requests[0], lookup)
             return
         logits = []

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 NGRAM = 3  # ids that must have stood together before
 DRAFT = 7  # ids guessed at once: with the id before them a pass of eight
 TRIALS = 3  # drafts that are tried before they are judged
-PAUSE, LONGEST = 16, 1024  # steps without drafts after a first loss, and at most
+PAUSE, LONGEST = 64, 4096  # steps without drafts after a first loss, and at most
 MEMORY = 0.8  # share of the past in the running means
 GAIN = 1.2  # times what it costs a draft must bring: clocks are not exact
 
@@ -32,6 +32,13 @@ class Account:
         self.step = self.draft = self.gain = 0.0  # running means: seconds a step and a pass, tokens a pass
         self.wait, self.pause = 0, PAUSE  # steps until drafts are tried again; how long the next pause is
 
+    def waits(self) -> bool:
+        """Whether the next step is one of a pause; asked once a step. A pause costs nothing else."""
+        if self.wait == 0:
+            return False
+        self.wait -= 1
+        return True
+
 
 class Lookup:
     """The drafts of one request; it keeps the account that it is given, or one of its own."""
@@ -43,14 +50,11 @@ class Lookup:
 
     def propose(self, ids: Sequence[int], most: int) -> list[int]:
         """Up to `most` ids that may follow `ids`, prompt and answer so far; none where nothing is known or it loses."""
-        if self.account.wait > 0:
-            self.account.wait -= 1
-            return []
         for place in range(self._known, len(ids)):
             self._follows[tuple(ids[place - NGRAM : place])] = place
         self._known = max(self._known, len(ids))
         start = self._follows.get(tuple(ids[-NGRAM:]))
-        if start is None:
+        if start is None or (self.account.trials >= TRIALS and self.account.step == 0):  # then see what a step costs
             return []
         period = len(ids) - start  # text that repeats itself goes on repeating itself
         return [ids[start + i % period] for i in range(min(most, DRAFT))]
@@ -64,11 +68,9 @@ class Lookup:
         account = self.account
         account.trials += 1
         account.draft, account.gain = _mean(account.draft, seconds), _mean(account.gain, accepted + 1)
-        if account.trials < TRIALS:
+        if account.trials < TRIALS or account.step == 0:
             return
-        if account.step == 0:
-            account.wait = 1  # to see what a step costs
-        elif account.gain * account.step < GAIN * account.draft:
+        if account.gain * account.step < GAIN * account.draft:
             account.wait, account.pause = account.pause, min(2 * account.pause, LONGEST)
             account.trials, account.gain = 0, 0.0  # by then other things may be said
         else:
