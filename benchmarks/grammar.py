@@ -1,15 +1,14 @@
 """What the grammar costs in the engine, as a share of a decode step of the bundled model.
 
-Questions for both tools go through one engine, one stream, greedy and without lookup: with a grammar whose memory is
-empty (`first`), with one that knows the lines of the questions before (`new`), once more (`seen`), and before and
-after these without any. The ids must be the same each time, so that nothing differs but the grammar; a figure is the
-median over the questions of what a token took longer than without.
+Questions for both tools go through one engine, one stream, greedy and without lookup, with and without a grammar in
+turn, many times each. The ids must be the same each time, so that nothing differs but the grammar. `with_us` and
+`without_us` are medians over the rounds of a question, `percent` the median over the questions.
 
-Beside it stands where the time goes: what the engine does with a grammar for each token of one turn, by itself and so
-with warm processor caches, also for a vocabulary as large as the released one, made of random merges. `compile` is what
-it takes to make a grammar, and the first turn with it, by itself (`first_turn_ms`).
+Beside it stands where the time goes: what the engine does with a grammar for each token of one turn, greedy or drawn,
+by itself and so with warm processor caches, also for a vocabulary as large as the released one, made of random merges.
+`compile` is what it takes to make a grammar, and the first turn with it, by itself (`first_turn_ms`).
 
-    python -m benchmarks.grammar [--questions 120] [--model DIR]      # writes benchmarks/results/grammar.json
+    python -m benchmarks.grammar [--questions 12] [--rounds 40] [--model DIR]      # writes benchmarks/results/grammar.json
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from benchmarks.record import begin, publish
 from moss import resolve
 from moss.chat import META_INSTRUCTION, Dialog, Round, Turn, Until, render
 from moss.engine import Engine, Grammar, Sampling
-from moss.engine import grammar as grammar_module
 from moss.engine.engine import _allowed, _masked
 from moss.engine.grammar import commands_grammar
 from moss.engine.requests import Request
@@ -43,7 +41,6 @@ from moss.tools.base import MAX_CALLS, standard_tools
 REPEATS = 9  # turns whose tokens are timed one by one
 WIDE = 100_000  # ids, about as many as the released vocabulary has
 GOAL = 5.0  # percent of a step
-KINDS = ("first", "new", "seen")
 TURN = Turn(
     "What is 37*12, and which x solves x+2=5?",
     [Round("multiply, then solve the equation", 'Calculate("37*12"), Solve("x+2=5", "x")', "None")],
@@ -66,10 +63,8 @@ def passes(tok: Tokenizer) -> list[tuple[Until, list[tuple[str, int]]]]:
     return [("thoughts", list(zip(sections, thoughts))), ("reply", [("reply", id) for id in reply])]
 
 
-def grammar_of(tok: Tokenizer, until: Until = "thoughts", *, anew: bool = False) -> Grammar:
-    """The grammar of all tools, as the turn loop asks for it; `anew`: with nothing remembered of any line."""
-    if anew:
-        grammar_module._grammar.cache_clear()
+def grammar_of(tok: Tokenizer, until: Until = "thoughts") -> Grammar:
+    """The grammar of all tools, as the turn loop asks for it."""
     return commands_grammar(tok, standard_tools(), until, max_calls=MAX_CALLS)
 
 
@@ -83,31 +78,31 @@ def seconds_a_token(
     return (told[-1][0] - told[0][0]) / (len(told) - 1), [id for _, id in told]
 
 
-def in_the_engine(engine: Engine, tok: Tokenizer, number: int) -> dict[str, Any]:
-    """What each kind of grammar adds to a step."""
+def in_the_engine(engine: Engine, tok: Tokenizer, number: int, rounds: int) -> dict[str, Any]:
+    """What a grammar adds to a step."""
     sets = [scripted(kind, lang, number // 4, seed=0) for kind in ("calculator", "solver") for lang in LANGS]
-    cases = [case for four in zip(*sets) for case in four]
     known, stop = grammar_of(tok), tok.marker("<eoc>")[0]
-    steps: list[float] = []
-    added: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    tokens = left_out = 0
-    for place, case in enumerate(cases):
+    pairs: list[tuple[float, float]] = []
+    for case in (case for cases in sets for case in cases):
         prompt = render(replace(case.dialog, switches=DIALOG.switches), tok, until="thoughts")[0]
-        grammars = {"first": grammar_of(tok, anew=True), "new": known, "seen": known}
-        runs = [seconds_a_token(engine, prompt, stop, grammar) for grammar in (None, *grammars.values(), None)]
-        if any(ids != runs[0][1] for _, ids in runs) or runs[0][1][-1] != stop:
-            left_out += 1  # the model alone leaves the format
-        elif place:  # the first one warms up
-            steps.append((runs[0][0] + runs[-1][0]) / 2)
-            tokens += len(runs[0][1])
-            for kind, (seconds, _) in zip(KINDS, runs[1:]):
-                added[kind].append(seconds - steps[-1])
-    step = median(steps)
-    result: dict[str, Any] = {"questions": len(steps), "left_out": left_out, "tokens": tokens, "step_us": us(step)}
-    for kind, seconds in added.items():
-        low, middle, high = quantiles(seconds, n=4)
-        result[kind] = {"us": us(middle), "quartiles_us": [us(low), us(high)], "percent": round(100 * middle / step, 2)}
-    return result
+        seconds: dict[bool, list[float]] = {False: [], True: []}
+        said = set[tuple[int, ...]]()
+        for turn in range(rounds + 1):
+            for bound in (False, True) if turn % 2 else (True, False):
+                took, ids = seconds_a_token(engine, prompt, stop, known if bound else None)
+                said.add(tuple(ids))
+                seconds[bound] += [took] * (turn > 0)  # the first round reads the prompt
+        if len(said) == 1 and max(said)[-1] == stop:  # else the model alone leaves the format
+            pairs.append((median(seconds[False]), median(seconds[True])))
+    without, bound = (median(each) for each in zip(*pairs))
+    low, middle, high = quantiles([100 * (b - a) / a for a, b in pairs], n=4)
+    return {
+        "questions": len(pairs),
+        "without_us": us(without),
+        "with_us": us(bound),
+        "percent": round(middle, 2),
+        "quartiles_percent": [round(low, 2), round(high, 2)],
+    }
 
 
 def by_itself(tok: Tokenizer, vocab_size: int, drawn: bool) -> dict[str, list[float]]:
@@ -178,7 +173,8 @@ def us(seconds: float) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--questions", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--model", help="folder of a model; nothing = the bundled one")
     args = parser.parse_args()
     result: dict[str, Any] = begin("grammar") | {
@@ -188,13 +184,11 @@ def main() -> int:
     model, tok = resolve.load(args.model)
     result["model"] = figures(tok, model.config.vocab_size)
     with Engine(model, slots=1, lookup=False) as engine:
-        result["engine"] = in_the_engine(engine, tok, args.questions)
+        result["engine"] = in_the_engine(engine, tok, args.questions, args.rounds)
     result["wide"] = figures(wide := wide_vocabulary(WIDE), wide.vocab_size)
     result["goals"] = {"percent": f"< {GOAL}"}
     path = publish(result)
-    print(f"a step {result['engine']['step_us']:9.2f} us without a grammar")
-    for kind in KINDS:
-        print(f"{kind:6} {result['engine'][kind]['us']:9.2f} us more, {result['engine'][kind]['percent']} %")
+    print(f"in the engine: {result['engine']}")
     for name in ("model", "wide"):
         print(f"{name:6} by itself, us a token: {result[name]['greedy_us']}, drawn {result[name]['drawn_us']}")
     print(f"-> {path}")
