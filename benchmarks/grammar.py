@@ -8,7 +8,7 @@ Beside it stands where the time goes: what the engine does with a grammar for ea
 by itself and so with warm processor caches, also for a vocabulary as large as the released one, made of random merges.
 `compile` is what it takes to make a grammar, and the first turn with it, by itself (`first_turn_ms`).
 
-    python -m benchmarks.grammar [--questions 12] [--rounds 40] [--model DIR]      # writes benchmarks/results/grammar.json
+    python -m benchmarks.grammar [--questions 12] [--rounds 40] [--model DIR]   # writes benchmarks/results/grammar.json
 """
 
 from __future__ import annotations

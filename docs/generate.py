@@ -14,6 +14,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from moss.__main__ import VERBS, find
@@ -90,7 +91,72 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"nano": nano_table, "speed": speed_table}
+FAMILIES = "llama", "moss"  # of the decode benchmark
+
+
+def decode_table() -> str:
+    """Every width of both families: shares of the bound, tokens a second, and the second turn."""
+    decode = result("decode")
+    head = "linear layers | whole step | tokens/s, 1 / 2 / 4 / 8 at once | prompt, tokens/s | second turn"
+    lines = [f"| family | weights | {head} |", "|---|---|---|---|---|---|---|"]
+    for family, width, row in ((name, *pair) for name in FAMILIES for pair in decode[name].items()):
+        step, turn = row["step"], row["step"]["second_turn"]
+        shares = (f"{median(part['shares']):.0%}" for part in (row["linears"], step))
+        rates = [median(step["tokens_per_s"]), *step["streams_tokens_per_s"].values()]
+        prompt = f"{median(step['prefill_tokens_per_s']):.0f}"
+        times = f"{turn['remembered_s']:.2f} s remembered, {turn['read_again_s']:.2f} s read again"
+        cells = (*shares, " / ".join(f"{rate:.0f}" for rate in rates), prompt, times)
+        lines.append(f"| {family} | {width} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def ratios_table() -> str:
+    """Our rates to those of others, measured in the same rounds."""
+    decode = result("decode")
+    lines = ["| weights | ratio | llama | moss |", "|---|---|---|---|"]
+    for width, row in decode[FAMILIES[0]].items():
+        for name in row["ratios"]:
+            cells = (decode[family][width]["ratios"].get(name) for family in FAMILIES)
+            told = ("" if cell is None else f"{cell:.2f}" for cell in cells)
+            lines.append(f"| {width} | {name} | {' | '.join(told)} |")
+    return "\n".join(lines)
+
+
+def grammar_table() -> str:
+    """What a grammar adds to a decode step of the bundled model."""
+    found = result("grammar")
+    engine = found["engine"]
+    lines = [f"| a token | it takes longer by | of a step of {engine['without_us']:.0f} µs |", "|---|---|---|"]
+    for kind in ("greedy", "drawn"):
+        mean = found["model"][f"{kind}_us"]["mean"]
+        lines.append(f"| {kind}, the grammar's work by itself | {mean:.1f} µs | {mean / engine['without_us']:.1%} |")
+    low, high = engine["quartiles_percent"]
+    longer = f"{engine['with_us'] - engine['without_us']:.0f} µs"
+    lines.append(f"| greedy, whole answers | {longer} | {engine['percent']:.1f}% (quartiles {low:.1f} to {high:.1f}) |")
+    return "\n".join(lines)
+
+
+def lookup_table() -> str:
+    """Speed with guesses from the prompt to speed without, a set of questions a row."""
+    lines = [
+        "| questions | tokens | guessed | right | speed with lookup to speed without (rounds) |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result("lookup")["sets"].items():
+        cells = (name, *(row[key] for key in ("tokens", "drafted", "accepted")))
+        rounds = f"{min(row['rounds']):.2f} to {max(row['rounds']):.2f}"
+        lines.append(f"| {' | '.join(map(str, cells))} | {row['speed_with_lookup_to_without']:.2f} ({rounds}) |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "nano": nano_table,
+    "speed": speed_table,
+    "decode": decode_table,
+    "ratios": ratios_table,
+    "grammar": grammar_table,
+    "lookup": lookup_table,
+}
 FIGURES = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end of figures -->)", re.S)
 
 
