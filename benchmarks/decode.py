@@ -8,7 +8,7 @@ rounds counts. Prompts are timed to the first token, a second turn after 1,500 t
 Peers are asked in the same rounds where they are installed, on the same weights: transformers, and for the llama family
 llama.cpp through llama-cpp-python and gguf.
 
-    python -m benchmarks.decode [--rounds 9] [--tokens 24] [--peers]      # writes benchmarks/results/decode.json
+    python -m benchmarks.decode [--rounds 7] [--tokens 24] [--peers]      # writes benchmarks/results/decode.json
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The passes of some questions (those of `moss eval tools`) are noted once and then made again, by turns with and without.
 Timed is what comes after the first token. Both must say the same.
 
-    python -m benchmarks.lookup [--questions 20] [--rounds 5]      # writes benchmarks/results/lookup.json
+    python -m benchmarks.lookup [--questions 20] [--rounds 8]      # writes benchmarks/results/lookup.json
 """
 
 from __future__ import annotations

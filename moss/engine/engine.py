@@ -40,14 +40,14 @@ from moss.engine.cache import Cache
 from moss.engine.fixed import WIDTH, fixed_runner, logits_in_passes
 from moss.engine.kernels import rest
 from moss.engine.lookup import Account, Lookup
-from moss.engine.requests import EngineError, Grammar, Queue, Request, Stream, Token, checked_prompt
+from moss.engine.requests import EngineError, Following, Grammar, Queue, Request, Stream, Token, checked_prompt
 from moss.engine.sample import Sampling, choose, logprobs_of
 from moss.engine.step import Runner, runner
 from moss.model import Decoder
 
 PIECE = 512  # prompt tokens read in one step; also positions scored at once
-LOOKUP_BYTES = 64 << 20  # of weights: the bundled model, with 15 MB, loses by guesses as often as it wins
 SHARED_PIECE = 128  # the same while others decode and wait for the step to end
+LOOKUP_BYTES = 64 << 20  # of weights: the bundled model, with 15 MB, loses by guesses as often as it wins
 READERS = 4  # prompts that are read in turns, but for the first of each owner; more of them would only all be late
 
 
@@ -356,20 +356,25 @@ class Engine:
 
     def _choose(self, requests: Sequence[Request], logits: Tensor) -> None:
         """Pick the next token of each row from its scores (B, V) and deliver it."""
-        # The likeliest of all ids is also the likeliest of those that may come, if it may: no mask is made for it.
-        nothing = None, None
-        found = [nothing if each.sampling.greedy else _allowed(each, logits.shape[-1]) for each in requests]
-        ids, errors = self._pick(requests, logits, [mask for mask, _ in found]), [error for _, error in found]
+        masks: list[Tensor | None] = [None] * len(requests)
+        errors: dict[int, Exception] = {}
         for row, request in enumerate(requests):
-            if request.following is not None and errors[row] is None:
-                ids[row], errors[row] = self._follow(request, logits[row : row + 1], ids[row])
+            # The likeliest of all ids is also the likeliest of those that may come, if it may: it needs no mask.
+            if request.following is not None and not request.sampling.greedy:
+                with _noted(errors, row):
+                    masks[row] = _allowed(request.following, logits.shape[-1])
+        ids = self._pick(requests, logits, masks)
+        for row, request in enumerate(requests):
+            if request.following is not None and row not in errors:
+                with _noted(errors, row):
+                    ids[row] = self._follow(request, logits[row : row + 1], ids[row])
         tops = self._tops(logits, max(request.num_top for request in requests))
         logprobs = logprobs_of(logits, torch.tensor(ids, device=self.device)).tolist()
-        for request, error, id, logprob, top in zip(requests, errors, ids, logprobs, tops):
-            if error is None:
-                self._deliver(request, Token(id, logprob, top[: request.num_top]))
+        for row, (request, id, logprob, top) in enumerate(zip(requests, ids, logprobs, tops)):
+            if row in errors:
+                self._end(request, None, errors[row])
             else:
-                self._end(request, None, error)
+                self._deliver(request, Token(id, logprob, top[: request.num_top]))
 
     def _pick(self, requests: Sequence[Request], logits: Tensor, masks: Sequence[Tensor | None]) -> list[int]:
         """An id for each row of scores (B, V), of those that its mask allows."""
@@ -381,22 +386,16 @@ class Engine:
             lengths=[request.num_new for request in requests],
         )
 
-    def _follow(self, request: Request, logits: Tensor, id: int) -> tuple[int, Exception | None]:
-        """Lead a request's grammar on by an id, or by the likeliest that it allows; and why it must end, if it must."""
+    def _follow(self, request: Request, logits: Tensor, id: int) -> int:
+        """Lead a request's grammar on by an id, or by the likeliest that it allows; returns which."""
         assert request.following is not None
-        try:
-            if request.sampling.greedy:
-                with contextlib.suppress(ValueError):
-                    request.following.advance(id)
-                    return id, None
-                mask, error = _allowed(request, logits.shape[-1])
-                if error is not None:
-                    return id, error
-                id = self._pick([request], logits, [mask])[0]
-            request.following.advance(id)
-        except Exception as error:  # anybody's code; it must end nobody else's request
-            return id, error
-        return id, None
+        if request.sampling.greedy:
+            with contextlib.suppress(ValueError):
+                request.following.advance(id)
+                return id
+            id = self._pick([request], logits, [_allowed(request.following, logits.shape[-1])])[0]
+        request.following.advance(id)
+        return id
 
     def _tops(self, logits: Tensor, number: int) -> Iterable[tuple[tuple[int, float], ...]]:
         """For each row the `number` likeliest ids with their log-probabilities."""
@@ -430,21 +429,27 @@ class Engine:
         request.stream._end(finish, error)
 
 
-def _allowed(request: Request, vocab_size: int) -> tuple[Tensor | None, Exception | None]:
-    """Which ids a request's grammar allows next, bool (V,) or None for all; and why it must end, if it must."""
+@contextlib.contextmanager
+def _noted(errors: dict[int, Exception], row: int) -> Iterator[None]:
+    """Note an error of this row's grammar. A grammar is anybody's code; it must end nobody else's request."""
     try:
-        mask = None if request.following is None else request.following.mask()
-        if mask is None:
-            return None, None
-        if mask.dtype != torch.bool or mask.dim() != 1:
-            raise TypeError(f"the mask of a grammar is bool (V,), not {mask.dtype} {tuple(mask.shape)}")
-        if len(mask) != vocab_size:
-            mask = pad(mask, (0, vocab_size - len(mask)))  # ids that the tokenizer does not have
-        if not mask.any():
-            raise EngineError("the grammar of this request allows no token to follow")
-    except Exception as error:  # as in `_follow`
-        return None, error
-    return mask, None
+        yield
+    except Exception as error:
+        errors[row] = error
+
+
+def _allowed(following: Following, vocab_size: int) -> Tensor | None:
+    """Which ids may come next, bool (V,) or None for all. EngineError where none may, TypeError for what is no mask."""
+    mask = following.mask()
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool or mask.dim() != 1:
+        raise TypeError(f"the mask of a grammar is bool (V,), not {mask.dtype} {tuple(mask.shape)}")
+    if len(mask) != vocab_size:
+        mask = pad(mask, (0, vocab_size - len(mask)))  # ids that the tokenizer does not have
+    if not mask.any():
+        raise EngineError("the grammar of this request allows no token to follow")
+    return mask
 
 
 def _masked(logits: Tensor, masks: Sequence[Tensor | None]) -> Tensor:

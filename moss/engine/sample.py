@@ -93,6 +93,10 @@ def narrow(logits: Tensor, sampling: Sampling, head: tuple[Array, Array] | None 
     The ids ascend. `head`: what `likeliest` gives for HEADS[0], where the caller has it already.
     """
     size, top_k, top_p = len(logits), sampling.top_k, sampling.top_p
+    if not sampling.narrows:
+        values = logits.cpu().numpy().astype(np.float64)
+        ids = np.flatnonzero(values > -math.inf)
+        return ids, (values[ids] - values.max()) / (1 if sampling.greedy else sampling.temperature)
     for count in (*(count for count in HEADS if top_k <= count < size), size):
         if count == size:
             values, ids = logits.cpu().numpy(), np.arange(size)
@@ -164,14 +168,7 @@ def choose(
         if sampling.greedy and not past:
             chosen.append(best[row])
             continue
-        if sampling.narrows:
-            ids, exponents = narrow(logits[row], sampling, heads and (heads[0][row], heads[1][row]))
-        else:
-            values = logits[row].cpu().numpy().astype(np.float64)
-            ids, exponents = (
-                np.arange(len(values)),
-                (values - values.max()) / (1 if sampling.greedy else sampling.temperature),
-            )
+        ids, exponents = narrow(logits[row], sampling, heads and (heads[0][row], heads[1][row]))
         if past:
             exponents = urge(exponents, np.isin(ids, list(sampling.stop_ids)), past, sampling.length_penalty)
         chosen.append(int(ids[exponents.argmax() if sampling.greedy else draw(exponents, uniforms[row])]))
