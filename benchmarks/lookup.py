@@ -1,7 +1,9 @@
 """What guesses from the prompt bring: the bundled model's answers with and without lookup.
 
 The passes of some questions (those of `moss eval tools`) are noted once and then made again, by turns with and without.
-Timed is what comes after the first token. Both must say the same.
+Timed is what comes after the first token. Both must say the same. `widened` is the bundled model with feed-forward
+layers of which most columns are zero: the same answers from a quarter of a gigabyte, read for each step as in a large
+model.
 
     python -m benchmarks.lookup [--questions 20] [--rounds 8]      # writes benchmarks/results/lookup.json
 """
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -25,6 +28,7 @@ from moss.model import Decoder
 from moss.tokenizer import Tokenizer
 
 SETS = ("calculator", "solver", "chat", "identity")
+FFN = 20_480  # of the widened model
 Pass = tuple[Sequence[int], Sampling]
 
 
@@ -49,6 +53,15 @@ def timed(engine: Engine, passes: Sequence[Pass]) -> tuple[float, list[list[int]
         took += time.perf_counter() - begun
         drafted, accepted = drafted + stream.drafted, accepted + stream.accepted
     return took, said, drafted, accepted
+
+
+def widened(model: Decoder) -> Decoder:
+    """The same scores from FFN columns a layer: those that are added are zero."""
+    large = Decoder(replace(model.config, ffn=FFN))
+    state = large.state_dict()
+    for name, weight in model.state_dict().items():
+        state[name].zero_()[tuple(slice(size) for size in weight.shape)] = weight
+    return large.eval()
 
 
 def passes_of(name: str, model: Decoder, tok: Tokenizer, questions: int) -> list[Pass]:
@@ -95,7 +108,8 @@ def main() -> int:
     args = parser.parse_args()
     model, tok = resolve.load(args.model, dtype=args.dtype)
     result: dict[str, Any] = begin("lookup")
-    result["sets"] = {name: measure(name, model, tok, args) for name in SETS}
+    for label, each in (("bundled", model), ("widened", widened(model))):
+        result[label] = {name: measure(name, each, tok, args) for name in SETS}
     print(f"-> {publish(result)}")
     return 0
 
