@@ -25,7 +25,7 @@ import os
 import pickle
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -133,24 +133,29 @@ def save(
     folder: Path,
     step: int,
     *,
-    model: Decoder,
+    parts: Mapping[str, Decoder],
     tokenizer: Tokenizer,
     state: dict[str, Any],
     info: dict[str, Any],
     keep: int = KEEP,
 ) -> Path:
-    """Publish `step-N`, then drop all but the newest `keep` up to it; OSError leaves everything as it was."""
+    """Publish `step-N`, then drop all but the newest `keep` up to it; OSError leaves everything as it was.
+
+    `parts`: the model under "", and what trains beside it (PPO's critic) under the name of its subfolder.
+    """
     if keep < KEEP:
         raise ValueError(f"keep is {keep}; at least {KEEP}, so that damage to the newest does not end a run")
 
     def write(into: Path) -> None:
-        save_model(model, into, eos=tokenizer.eos)
+        for name, model in parts.items():
+            save_model(model, into / name, eos=tokenizer.eos)
         tokenizer.save(into)
         (into / "optimizer").mkdir()
         torch.save(state, into / "optimizer" / "state.pt")
         _write_json(into / "moss.json", {"format": FORMAT, **info})
 
-    need = sum(tensor.nbytes for tensor in _tensors([state, *model.parameters()]))
+    weights = [list(model.parameters()) for model in parts.values()]
+    need = sum(tensor.nbytes for tensor in _tensors([state, weights]))
     free = shutil.disk_usage(folder).free
     if free < need * ROOM:
         words = f"no space for a checkpoint ({need / 1e6:.0f} MB, {free / 1e6:.0f} MB free)"

@@ -1,12 +1,12 @@
 """Optimizers and learning-rate schedules, shared by all training stages.
 
 What    `make_optimizer` groups a decoder's parameters: the matrices of the blocks go to PyTorch's own Muon (or to
-        AdamW with weight decay), embeddings, head, norms and biases to AdamW. `warmup_stable_decay` is a pure
-        function from a step to the share of the full learning rate.
+        AdamW with weight decay), embeddings, head, norms and biases to AdamW. `rate` is a pure function from a
+        step to the share of the full learning rate.
 Why     Muon learns small models in about half the steps, but is made for matrices between hidden states only.
 How     optimizer = make_optimizer(model, lr=3e-3, matrix_lr=0.02, weight_decay=0.1, muon=True)
         for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * warmup_stable_decay(step, total=1000, warmup=50)
+            group["lr"] = group["initial_lr"] * rate("linear", step, total=1000, warmup=50)
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
 
 BETAS = (0.9, 0.95)
+SCHEDULES = ("linear", "cosine", "constant")
+LINEAR_FALL = 0.5  # share of the steps, at the end, over which `linear` falls
+COSINE_FLOOR = 0.1  # share of the full rate at which `cosine` ends
 MUON_LR = 0.02  # Muon's steps have a fixed size, so one value serves every width
 
 
@@ -109,19 +112,22 @@ def _can_fuse(parameters: Iterable[Tensor]) -> bool:
 # ---------------------------------------------------------------- schedules
 
 
-def warmup_stable_decay(step: int, total: int, warmup: int = 0, decay_share: float = 0.5, floor: float = 0.0) -> float:
-    """Share of the full rate at `step` (the first is 0): linear warm-up, flat, then linear to `floor` at `total`.
+def rate(schedule: str, step: int, total: int, warmup: int = 0) -> float:
+    """Share of the full rate at `step` (the first is 0): linear warm-up that reaches 1 at its last step, then
 
-    The decay takes the last `decay_share` of all steps (arXiv 2405.18392); the warm-up reaches 1 at its last step. What
-    is reached before the decay can be continued with a longer `total`.
+    `linear`: flat, and over the second half of all steps linear to zero at `total` (arXiv 2405.18392);
+    `cosine`: half a wave from 1 down to a tenth at `total`, as in the paper (3e-5 to 3e-6);
+    `constant`: flat.
     """
     if total < 1 or not 0 <= warmup <= total or step < 0:
         raise ValueError(f"schedule: needs step >= 0 and 0 <= warmup <= total, got {step=}, {warmup=}, {total=}")
-    if not 0 <= decay_share <= 1:
-        raise ValueError(f"schedule: decay_share is {decay_share}, it must be from 0 to 1")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule is {schedule!r}, it must be one of {', '.join(SCHEDULES)}")
     if step < warmup:
         return (step + 1) / warmup
-    decay = decay_share * total
-    if total - step >= decay:
+    if schedule == "constant":
         return 1.0
-    return floor + (1 - floor) * max(0.0, (total - step) / decay)
+    if schedule == "linear":
+        return min(1.0, max(0.0, (total - step) / (LINEAR_FALL * total)))
+    done = min(1.0, (step - warmup) / max(total - warmup, 1))
+    return COSINE_FLOOR + (1 - COSINE_FLOOR) * (1 + math.cos(math.pi * done)) / 2

@@ -74,7 +74,7 @@ stage() {
     [ $code -ne 130 ] && [ $code -ne 143 ] || fail "stopped in $name; the same command goes on from there" $code
     exit $code
   }
-  [ -e "$result" ] || fail "$name ended without $result"
+  [ -e "$result" ] || fail "stopped in $name before $result was made; the same command goes on from there" 143
   echo "== $name: $((SECONDS - began)) s, $((SECONDS - STARTED)) s in all"
 }
 
@@ -88,7 +88,7 @@ stage "tokenizer ($VOCAB ids)" "$OUT/tokenizer/tokenizer.json" \
   moss train tokenizer --data "$OUT/text.jsonl" "$OUT/dialogs.jsonl" --vocab-size "$VOCAB" --out "$OUT/tokenizer"
 
 stage "pre-training ($PRETRAIN_STEPS steps)" "$OUT/base/moss.json" \
-  moss train pretrain --data "$OUT/text.jsonl" --tokenizer "$OUT/tokenizer" --depth "$DEPTH" --length 256 \
+  moss train pretrain --data "$OUT/text.jsonl" --model "$OUT/tokenizer" --depth "$DEPTH" --length 256 \
   --steps "$PRETRAIN_STEPS" --save-every 50 --seed "$SEED" --out "$OUT/base" --resume
 
 stage "fine-tuning ($SFT_STEPS steps)" "$OUT/sft/moss.json" \

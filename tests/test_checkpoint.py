@@ -40,7 +40,7 @@ def model(tokenizer: Tokenizer) -> Decoder:
 def save(folder: Path, step: int, model: Decoder, tokenizer: Tokenizer, keep: int = 2) -> Path:
     state = {"optimizer": {"lr": torch.tensor([float(step)])}, "rng": {"cpu": torch.get_rng_state()}}
     folder.mkdir(exist_ok=True)
-    return checkpoint.save(folder, step, model=model, tokenizer=tokenizer, state=state, info=INFO, keep=keep)
+    return checkpoint.save(folder, step, parts={"": model}, tokenizer=tokenizer, state=state, info=INFO, keep=keep)
 
 
 def quiet(text: str) -> None:
@@ -182,7 +182,7 @@ def test_a_really_full_disk(tmp_path: Path, model: Decoder, tokenizer: Tokenizer
             checkpoint.publish(small, 1, lambda into: torch.save(torch.zeros(500_000), into / "state.pt"))
         with pytest.raises(OSError, match="no space"):
             checkpoint.save(
-                small, 1, model=model, tokenizer=tokenizer, state=state | {"x": torch.zeros(500_000)}, info=INFO
+                small, 1, parts={"": model}, tokenizer=tokenizer, state=state | {"x": torch.zeros(500_000)}, info=INFO
             )
         assert not list(small.iterdir())
     finally:

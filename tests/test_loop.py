@@ -87,7 +87,7 @@ def test_the_loss_looks_at_learnt_tokens_only() -> None:
         model.embed.weight.normal_(0, 1, generator=torch.Generator().manual_seed(0))
     rows = Rows.of([([5, 6, 7, 8], [0, 0, 1, 0]), ([3, 4], [1, 1])])
     batch = to_device(Packed(rows, 8).batch(0, 1), CPU)
-    loss, count = next_token(model, batch)
+    loss, count, _ = next_token(model, batch)
     assert count == 2  # 7 in the first document, 4 in the second; 3 has nothing before it
     want = 0.0
     for context, target in (([5, 6], 7), ([3], 4)):
@@ -107,7 +107,7 @@ def test_one_by_eight_is_eight_by_one() -> None:
                 weight.add_(torch.empty_like(weight).normal_(0, 0.1, generator=torch.Generator().manual_seed(1)))
         data = Packed(rows, 24)
         parts = [to_device(data.batch(at, micro), CPU) for at in range(0, 8, micro)]
-        loss, norm, count = loop.gradients(model, model, next_token, parts)
+        loss, norm, count, _ = loop.gradients(model, model, next_token, parts)
         losses.append(loss)
         grads.append(torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None]))
         assert count == sum(int(part["mask"].sum()) for part in parts)
@@ -153,10 +153,10 @@ def test_bad_numbers_change_nothing(bad: float) -> None:
     calls = itertools.count(1)
     weights = []
 
-    def loss_fn(net: Decoder, batch: loop.Micro) -> tuple[torch.Tensor, int]:
+    def loss_fn(net: Decoder, batch: loop.Micro) -> loop.Loss:
         weights.append(net.embed.weight.detach().clone())
-        loss, count = next_token(net, batch)
-        return (loss * bad if next(calls) in (3, 4) else loss), count
+        loss, count, _ = next_token(net, batch)
+        return loop.Loss(loss * bad if next(calls) in (3, 4) else loss, count)
 
     model, losses = trained(6, loss_fn=loss_fn)
     assert losses[2] is None and losses[3] is None and None not in losses[:2] + losses[4:]
@@ -168,9 +168,9 @@ def test_bad_numbers_change_nothing(bad: float) -> None:
 def test_the_third_bad_step_in_a_row_stops() -> None:
     """Prevents hours of steps that do nothing; the message names the step."""
 
-    def loss_fn(net: Decoder, batch: loop.Micro) -> tuple[torch.Tensor, int]:
-        loss, count = next_token(net, batch)
-        return loss * math.nan, count
+    def loss_fn(net: Decoder, batch: loop.Micro) -> loop.Loss:
+        loss, count, _ = next_token(net, batch)
+        return loop.Loss(loss * math.nan, count)
 
     with pytest.raises(ValueError, match="step 3 is the third in a row"):
         trained(6, loss_fn=loss_fn)
@@ -206,7 +206,7 @@ def test_clipping_scales_the_whole_gradient() -> None:
 def test_looking_at_held_out_data_changes_nothing() -> None:
     """Prevents validation from moving the data position, the random state or a gradient."""
     _, plain = trained(6)
-    _, watched = trained(6, validate=lambda net: {"loss": 1.0}, valid_every=2)
+    _, watched = trained(6, validate=lambda net: {"loss": 1.0}, save_every=2)
     assert watched == plain
 
 
@@ -241,7 +241,7 @@ def test_signals_finish_the_step() -> None:
     """Prevents work lost to SIGTERM: the step is done, the state is saved, the run ends without an error."""
     saved = []
 
-    def loss_fn(net: Decoder, batch: loop.Micro) -> tuple[torch.Tensor, int]:
+    def loss_fn(net: Decoder, batch: loop.Micro) -> loop.Loss:
         if not saved and len(steps) == 2:
             signal.raise_signal(signal.SIGTERM)
         steps.append(1)

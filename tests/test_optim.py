@@ -9,7 +9,7 @@ import torch
 from torch.optim import AdamW, Muon
 
 from moss.model import Decoder, ModelConfig
-from moss.optim import make_optimizer, split_parameters, warmup_stable_decay
+from moss.optim import make_optimizer, rate, split_parameters
 
 
 def tiny(family: str = "llama") -> Decoder:
@@ -113,21 +113,23 @@ def test_both_learn():
         assert loss.item() < 0.5, muon  # from ln(32) = 3.47
 
 
-def test_warmup_stable_decay_by_hand():
-    """Prevents: a decay that starts too early, or that never reaches the floor."""
-    rates = [warmup_stable_decay(step, total=8, warmup=2, decay_share=0.5) for step in range(9)]
-    assert rates == [0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    assert warmup_stable_decay(7, total=8, decay_share=0.5, floor=0.2) == pytest.approx(0.4)
-    assert warmup_stable_decay(7, total=8, decay_share=0.0) == 1.0
+def test_rates_by_hand():
+    """Prevents: a fall that starts too early, never reaches its end, or forgets the warm-up."""
+    assert [rate("linear", step, total=8, warmup=2) for step in range(9)] == [
+        0.5, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0
+    ]  # fmt: skip
+    assert [rate("constant", step, total=4, warmup=2) for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
+    wave = [rate("cosine", step, total=10, warmup=2) for step in (0, 2, 6, 10)]
+    assert wave == pytest.approx([0.5, 1.0, 0.55, 0.1])  # 0.1 + 0.9 x (1 + cos(pi x share done)) / 2
 
 
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda: warmup_stable_decay(0, total=0), "total=0"),
-        (lambda: warmup_stable_decay(-1, total=4), "step=-1"),
-        (lambda: warmup_stable_decay(0, total=4, warmup=5), "warmup=5"),
-        (lambda: warmup_stable_decay(0, total=4, decay_share=1.5), "decay_share is 1.5"),
+        (lambda: rate("linear", 0, total=0), "total=0"),
+        (lambda: rate("linear", -1, total=4), "step=-1"),
+        (lambda: rate("linear", 0, total=4, warmup=5), "warmup=5"),
+        (lambda: rate("square", 0, total=4), "schedule is 'square'"),
         (lambda: make_optimizer(tiny(), lr=-1.0, weight_decay=0.0, muon=True), "lr is -1.0"),
         (
             lambda: make_optimizer(tiny(), lr=1.0, matrix_lr=float("nan"), weight_decay=0.0, muon=True),

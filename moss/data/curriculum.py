@@ -196,11 +196,20 @@ def main(config: Curriculum) -> int:
     """Entry of `moss data curriculum`."""
     if config.n < 1:
         raise UsageError(f"--n is {config.n}; it must be 1 or more")
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(config))
     if config.output is None:
-        sys.stdout.writelines(lines)
-        return 0
+        sys.stdout.writelines(_lines(config))
+    else:
+        write(config)
+    return 0
+
+
+def write(config: Curriculum) -> None:
+    """The rows into the file `config.output`, all of them or none."""
+    assert config.output is not None
     config.output.parent.mkdir(parents=True, exist_ok=True)
     with replacing(config.output) as beside, beside.open("w", encoding="utf-8") as file:
-        file.writelines(lines)
-    return 0
+        file.writelines(_lines(config))
+
+
+def _lines(config: Curriculum) -> Iterator[str]:
+    return (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(config))

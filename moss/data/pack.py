@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -159,6 +160,11 @@ class Packed:
     def fill(self) -> float:
         """The share of places that hold a token rather than padding."""
         return len(self.rows.ids) / (len(self) * self.length)
+
+    def record(self) -> dict[str, Any]:
+        """What `moss.json` says of these rows; a run goes on with the same ones only."""
+        rows = self.rows
+        return {"sha256": rows.sha256(), "rows": len(rows), "tokens": len(rows.ids), "packed": len(self)}
 
     def plan(self, epoch: int) -> list[list[int]]:
         """Row numbers of each packed row of one epoch; depends on (rows, length, seed, epoch) only."""

@@ -28,22 +28,30 @@ from tokenizers import Tokenizer as Backend
 
 from moss.chat import SECTIONS, Dialog, Loss, TooLong, render
 from moss.data.pack import Rows
-from moss.errors import UsageError
 from moss.tokenizer import Tokenizer
 
+SUFFIXES = (".jsonl", ".json", ".txt")  # of data files in a folder
 CHUNK = 512  # rows handed to a process at a time
 ALONE = 4096  # rows up to which starting processes costs more than it saves
 
 
-def check_files(paths: Sequence[Path], what: str) -> None:
-    """One clear line for a data file that is not there, before anything long begins."""
-    if not paths:
-        raise UsageError(f"no {what}; name at least one file")
+def data_files(paths: Sequence[Path], what: str) -> list[Path]:
+    """The files that `paths` name, a folder standing for the .jsonl, .json and .txt files in it, in order of name.
+
+    What is not there, or empty, is one clear line before anything long begins.
+    """
+    found: list[Path] = []
     for path in paths:
+        inside = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+        if not inside:
+            raise ValueError(f"{what}: the folder {path} holds no {', '.join(SUFFIXES)} file")
+        found += inside
+    for path in found:
         if not path.is_file():
             raise ValueError(f"{what}: {path} is not a file")
         if not path.stat().st_size:
             raise ValueError(f"{what}: {path} is empty")
+    return found
 
 
 def documents(paths: Sequence[Path]) -> Iterator[str]:

@@ -15,70 +15,108 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from moss import checkpoint
 from moss.config import option, to_json
-from moss.data.pack import Packed
+from moss.data.curriculum import Curriculum, write
 from moss.errors import UsageError
+from moss.grow import grow
 from moss.log import RunLog, note, span
-from moss.model import Decoder, num_parameters
-from moss.optim import Optimizers, make_optimizer, warmup_stable_decay
-from moss.tokenizer import Tokenizer
+from moss.model import Decoder, Head
+from moss.optim import Optimizers, make_optimizer, rate
+from moss.resolve import locate
+from moss.tokenizer import Tokenizer, add_markers
 from moss.train import loop
+from moss.weights import load_model
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed (compile and
 # device: but for rounding), or (steps, epochs) because training longer is a reason to resume. Data may move: its
 # content is compared instead.
-FREE = {"data", "valid", "out", "model", "tokenizer", "resume", "compile", "save_every", "valid_every"}
+FREE = {"data", "valid", "out", "model", "reward", "resume", "compile", "save_every", "plan", "report"}
 FREE |= {"steps", "epochs", "device"}
 MODEL_FILES = ("moss.json", "model.safetensors", "config.json")  # any of these: somebody's model is there
 # Floating-point operations of a run above which the half minute that compiling takes is won back.
 COMPILE_PAYS = {"cpu": 4e13, "cuda": 4e15}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all stages share."""
+class Data(Protocol):
+    """What a stage trains on: rows of fixed length, counted by one position from the start of training.
 
-    data: list[Path] = option(list)  # training files
-    valid: list[Path] = option(list)  # files whose loss is reported along the way, never trained on
+    One that makes its rows while training (PPO's rollouts) also has `state_dict` and `load_state_dict`, kept in every
+    checkpoint, and may end the stage with `stop_reason() -> str`.
+    """
+
+    length: int  # places in a row
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        ...
+
+    @property
+    def fill(self) -> float:
+        """The share of places that hold a token."""
+        ...
+
+    def batch(self, position: int, count: int) -> dict[str, np.ndarray]:
+        """`count` rows from `position` on, whatever epoch that is; "segments" (count, length) is 0 in padding."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What `moss.json` says of it; a run goes on with the same data only."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every run has."""
+
+    data: list[Path] = option(list)  # training files or folders of them; none = material of the scripted teacher
     out: Path = Path("runs/out")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
-    steps: int = 0  # steps to train; 0 = as many as --epochs takes
-    epochs: float = 1.0  # passes over the data where --steps is 0
+    steps: int = 0  # steps to train; 0 = one pass over the data (or --epochs of them)
     batch_tokens: int = 8192  # places for tokens in one step, padding included
-    micro_tokens: int = 0  # places computed at a time, the gradients added up; 0 = all
-    length: int = 256  # tokens of a packed row
+    micro_tokens: int = 0  # places computed at a time, the gradients added up; 0 = as many as memory allows
+    length: int = 512  # tokens of a packed row
     lr: float = 3e-3  # AdamW, for embeddings, head and norms (and for matrices without Muon)
-    matrix_lr: float = 0.02  # Muon, for the matrices of the blocks
-    weight_decay: float = 0.0  # on matrices
-    warmup: int = 20  # steps of linear warm-up
-    decay: float = 0.5  # share of the steps, at the end, over which the rate falls to zero
-    clip: float = 1.0  # longest gradient; 0 = any
+    warmup: float = 20  # steps of linear warm-up; below 1 a share of all steps
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate: to 0 over the second half; to 1/10
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 where the machine has it
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = where it works and the run is long
     device: str = "auto"  # cpu, cuda, cuda:1, …; auto = cuda where there is one
     seed: int = 0  # of the first weights and of the order of the data
-    save_every: int = 200  # steps between checkpoints; 0 = only at the end and when stopped
-    valid_every: int = 200  # steps between validations; 0 = only at the end
+    save_every: int = 200  # steps between checkpoints, each with a validation; 0 = only at the end and when stopped
     resume: bool = False  # go on from the newest whole checkpoint in --out, if there is one
+    lora: str = ""  # train adapters on frozen weights: r=16,alpha=32,targets=q+v,base=int4 (all but r may be left out)
+    plan: bool = False  # print what the run will need, memory by part and time, and stop
+    report: bool = False  # draw log.jsonl as report.png in --out at the end
 
 
-def check(config: Settings) -> None:
+@dataclass(frozen=True)
+class Settings(Run):
+    """What all stages share that train on files."""
+
+    valid: list[Path] = option(list)  # files whose loss is reported along the way, never trained on
+    epochs: float = 1.0  # passes over the data where --steps is 0
+    matrix_lr: float = 0.02  # Muon, for the matrices of the blocks; 0 = AdamW at --lr for them too
+    weight_decay: float = 0.0  # on matrices
+
+
+def check(config: Run) -> None:
     """Refuse settings that cannot work, before anything is read or written: UsageError."""
-    positive = ("batch_tokens", "length", "epochs", "lr", "matrix_lr", "depth", "max_length")
-    others = ("steps", "micro_tokens", "warmup", "save_every", "valid_every", "weight_decay", "clip", "seed")
+    positive = ("batch_tokens", "length", "epochs", "lr", "depth", "max_tokens")
+    others = ("steps", "micro_tokens", "warmup", "save_every", "weight_decay", "matrix_lr", "seed", "beta")
     for name in positive + others:
-        value = getattr(config, name, 1)  # the size of a new model is for one stage alone to choose
+        value = getattr(config, name, 1)  # some belong to one stage alone
         if not 0 <= value < math.inf or (value == 0 and name in positive):
             least = "above 0" if name in positive else "0 or more"
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {least}")
@@ -92,12 +130,10 @@ def check(config: Settings) -> None:
         raise UsageError(
             f"--micro-tokens {micro} must divide --batch-tokens {step} and be a multiple of --length {row}"
         )
-    if config.decay > 1 or config.decay < 0:
-        raise UsageError(f"--decay is {config.decay}; it is a share of the steps, from 0 to 1")
 
 
 @contextmanager
-def opened(config: Settings) -> Iterator[tuple[Path | None, loop.Stop]]:
+def opened(config: Run) -> Iterator[tuple[Path | None, loop.Stop]]:
     """Hold the run's folder; give the checkpoint to go on from (None: start anew) and the ear for signals."""
     with loop.Stop() as stop, checkpoint.lock(config.out):
         start = checkpoint.newest(config.out, note) if config.resume else None
@@ -110,6 +146,36 @@ def opened(config: Settings) -> Iterator[tuple[Path | None, loop.Stop]]:
         if config.resume:
             note(f"going on from {start}" if start else f"{config.out} holds no checkpoint yet: starting anew")
         yield start, stop
+
+
+def material(config: Run, kind: str, n: int, **draw: Any) -> list[Path]:
+    """Where no --data are given: a file in `--out`/material with `n` rows of the scripted teacher.
+
+    It is written once: a resumed run reads the file that it began with.
+    """
+    path = config.out / "material" / f"{'-'.join([kind, *map(str, draw.values())])}-{n}-{config.seed}.jsonl"
+    if not path.exists():
+        note(f"no --data: {n:,} rows of the scripted teacher's material ({kind}) go into {path}")
+        write(Curriculum(kind=kind, n=n, seed=config.seed, output=path, **draw))  # type: ignore[arg-type]
+    return [path]
+
+
+def load(
+    config: Run, start: Path | None, model: Path | None, *, head: Head | None = None, chat: bool = True
+) -> tuple[Tokenizer, Decoder]:
+    """Tokenizer and model that a stage goes on with: of the checkpoint `start`, else of `model` (None: the bundled).
+
+    `chat`: a base that lacks the format's markers gets them as new ids, each row the mean of its text's pieces.
+    """
+    source = start or locate(model)
+    tokenizer = Tokenizer.load(source)
+    decoder = load_model(source, head=head)
+    check_fit(tokenizer, decoder, config.length, source)
+    if chat and not tokenizer.has_markers:
+        old, tokenizer = tokenizer, add_markers(tokenizer)
+        decoder = grow(decoder, old, tokenizer)
+        note(f"{source} knows no chat: the ten markers became ids {old.vocab_size} to {tokenizer.vocab_size - 1}")
+    return tokenizer, decoder
 
 
 def check_fit(tokenizer: Tokenizer, model: Decoder, length: int, folder: Path | None = None) -> None:
@@ -128,29 +194,33 @@ def check_fit(tokenizer: Tokenizer, model: Decoder, length: int, folder: Path | 
 
 def train(
     stage: str,
-    config: Settings,
-    model: Decoder,
+    config: Run,
+    model: nn.Module,
     tokenizer: Tokenizer,
-    data: Packed,
+    data: Data,
     loss_fn: loop.LossFn,
     *,
-    muon: bool = True,
     start: Path | None,
     stop: loop.Stop,
-    valid: Packed | None = None,
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    freeze: Callable[[int, int], None] | None = None,
+    extra: dict[str, Any] | None = None,
 ) -> int:
-    """Run the stage from `start` to its end, and leave the finished model in `config.out`."""
+    """Run the stage from `start` to its end, and leave the finished model in `config.out`.
+
+    model: a `Decoder`, or a module of several with `parts() -> {"": main, "critic": …}`. `validate(net)` gives named
+    figures of the model, `freeze(step, steps)` says before each step what is trainable, `extra` goes into `moss.json`.
+    """
     device = torch.device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
     model.to(device, torch.float32)
-    matrix_lr = config.matrix_lr if muon else None
-    optimizer = make_optimizer(model, lr=config.lr, matrix_lr=matrix_lr, weight_decay=config.weight_decay, muon=muon)
+    optimizer = optimizer_of(config, model)
     rows = config.batch_tokens // config.length
     micro = (config.micro_tokens or config.batch_tokens) // config.length
-    steps = config.steps or math.ceil(config.epochs * len(data) / rows)
-    info = describe(stage, config, dtype, model, tokenizer, data)
-    state = restore(start, info, optimizer) if start else loop.State()
-    size = num_parameters(model.config)
+    steps = config.steps or math.ceil(getattr(config, "epochs", 1.0) * len(data) / rows)
+    info = describe(stage, config, dtype, model, tokenizer, data) | (extra or {})
+    state = restore(start, info, optimizer, data) if start else loop.State()
+    size = sum(parameter.numel() for parameter in model.parameters())
     note(
         f"{stage}: {size / 1e6:.1f}M parameters in {info['run']['dtype']} on {device}, {steps} steps of {rows} rows; "
         f"an epoch has {len(data)} rows, {data.fill:.0%} full"
@@ -161,51 +231,70 @@ def train(
         return [to_device(data.batch(position + at, micro), device) for at in range(0, rows, micro)], position + rows
 
     def save(now: loop.State) -> None:
-        held = {"optimizer": optimizer.state_dict(), "rng": {"cpu": torch.get_rng_state()}}
+        held = {"optimizer": optimizer.state_dict(), "rng": {"cpu": torch.get_rng_state()}, "data": state_of(data)}
         told = info | {"loop": now.to_json()}
-        checkpoint.save(config.out, now.step, model=model, tokenizer=tokenizer, state=held, info=told)
+        checkpoint.save(config.out, now.step, parts=parts_of(model), tokenizer=tokenizer, state=held, info=told)
 
     pays = 6.0 * size * config.batch_tokens * steps > COMPILE_PAYS.get(device.type, math.inf)
     if state.step < steps and (config.compile == "on" or (config.compile == "auto" and pays)):
-        compile_hidden(net, batches(0)[0][0], loss_fn, must=config.compile == "on")
+        compile_hidden(net, batches(state.position)[0][0], loss_fn, must=config.compile == "on")
     log = RunLog(config.out / "log.jsonl", state.step)
     hooks = loop.Hooks(
         save=save,
         save_every=config.save_every,
-        validate=partial(validate, data=valid, loss_fn=loss_fn, rows=micro, device=device) if valid else None,
-        valid_every=config.valid_every,
+        validate=validate,
         log=log,
         stop=stop,
+        enough=getattr(data, "stop_reason", None),
+        freeze=freeze,
         title=stage,
     )
-    schedule = partial(warmup_stable_decay, total=steps, warmup=min(config.warmup, steps), decay_share=config.decay)
+    warmup = min(round(config.warmup if config.warmup >= 1 else config.warmup * steps), steps)
     stop.training()
     with log:
-        settings = {"steps": steps, "state": state, "net": net, "clip": config.clip, "hooks": hooks}
-        state = loop.run(model, batches, loss_fn, optimizer, schedule, **settings)
-    if state.step < steps:
+        schedule = partial(rate, config.schedule, total=steps, warmup=warmup)
+        state = loop.run(model, batches, loss_fn, optimizer, schedule, steps=steps, state=state, net=net, hooks=hooks)
+    if state.step < steps and not state.ended:
         note(f"{stop.asked}: step {state.step} of {steps} is saved in {config.out}; --resume goes on from there")
-        return 128 + signal.Signals[stop.asked]
-    checkpoint.export(config.out, model=model, tokenizer=tokenizer, info=info | {"loop": state.to_json()})
+        return 0 if stop.asked == "SIGTERM" else 128 + signal.Signals[stop.asked]
+    if state.ended:
+        note(f"ended at step {state.step} of {steps}: {state.ended}")
+    checkpoint.export(config.out, model=parts_of(model)[""], tokenizer=tokenizer, info=info | {"loop": state.to_json()})
     print(config.out)
     return 0
 
 
+def parts_of(model: nn.Module) -> dict[str, Decoder]:
+    """The decoders of what trains: the main one under "", others under the name of their subfolder."""
+    return {"": model} if isinstance(model, Decoder) else model.parts()  # type: ignore[operator]
+
+
+def optimizer_of(config: Run, model: nn.Module) -> Optimizers:
+    """Muon and AdamW, or AdamW alone, at the rates of the settings."""
+    matrix_lr = getattr(config, "matrix_lr", 0.0)
+    decay = getattr(config, "weight_decay", 0.0)
+    return make_optimizer(model, lr=config.lr, matrix_lr=matrix_lr or None, weight_decay=decay, muon=matrix_lr > 0)
+
+
+def state_of(data: Data) -> dict[str, Any]:
+    """What data that are made while training need to go on."""
+    return data.state_dict() if hasattr(data, "state_dict") else {}  # type: ignore[attr-defined]
+
+
 def describe(
-    stage: str, config: Settings, dtype: torch.dtype, model: Decoder, tokenizer: Tokenizer, data: Packed
+    stage: str, config: Run, dtype: torch.dtype, model: nn.Module, tokenizer: Tokenizer, data: Data
 ) -> dict[str, Any]:
     """What `moss.json` says of this run, all but where its loop stands."""
-    rows = data.rows
     return {
         "stage": stage,
-        "model": model.config.to_json(),
+        "model": parts_of(model)[""].config.to_json(),
         "tokenizer_sha256": tokenizer.sha256,
         "run": to_json(config) | {"dtype": str(dtype).removeprefix("torch.")},
-        "data": {"sha256": rows.sha256(), "rows": len(rows), "tokens": len(rows.ids), "packed": len(data)},
+        "data": data.record(),
     }
 
 
-def restore(start: Path, info: dict[str, Any], optimizer: Optimizers) -> loop.State:
+def restore(start: Path, info: dict[str, Any], optimizer: Optimizers, data: Data) -> loop.State:
     """Optimizer and random state from a checkpoint, and where it stood; refused when it is of another run."""
     then, saved = checkpoint.load(start)
     for name in ("stage", "model", "tokenizer_sha256", "data"):
@@ -219,20 +308,32 @@ def restore(start: Path, info: dict[str, Any], optimizer: Optimizers) -> loop.St
     state = loop.State.from_json(then["loop"])
     optimizer.load_state_dict(saved["optimizer"])
     torch.set_rng_state(saved["rng"]["cpu"])
+    if hasattr(data, "load_state_dict"):
+        data.load_state_dict(saved["data"])  # type: ignore[attr-defined]
     return state
 
 
-def validate(
-    net: nn.Module, *, data: Packed, loss_fn: loop.LossFn, rows: int, device: torch.device
-) -> dict[str, float]:
-    """Mean loss over all of `data`, each row once."""
-    total, count = 0.0, 0
-    with torch.compiler.set_stance("force_eager"):  # compiling once more, without gradients, would not pay
-        for position in range(0, len(data), rows):
-            batch = data.batch(position, min(rows, len(data) - position))
-            loss, counted = loss_fn(net, to_device(batch, device))
-            total, count = total + float(loss), count + counted
-    return {"loss": total / max(count, 1)}
+def mean_loss(
+    data: Data, loss_fn: loop.LossFn, config: Run, name: str = "loss"
+) -> Callable[[nn.Module], dict[str, float]]:
+    """A validation: the mean loss, and the mean of each of its figures, over all of `data`, each row once."""
+    rows = (config.micro_tokens or config.batch_tokens) // config.length
+
+    def validate(net: nn.Module) -> dict[str, float]:
+        device = next(net.parameters()).device
+        sums, count = dict[str, float](), 0
+        with (
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):  # compiling anew would not pay
+            for position in range(0, len(data), rows):
+                loss = loss_fn(net, to_device(data.batch(position, min(rows, len(data) - position)), device))
+                count += loss.count
+                for key, value in {name: loss.total, **loss.figures}.items():
+                    sums[key] = sums.get(key, 0.0) + float(value)
+        return {key: value / max(count, 1) for key, value in sums.items()}
+
+    return validate
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> loop.Micro:
@@ -263,20 +364,22 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 
 
 def compile_hidden(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, must: bool) -> None:
-    """Compile `net.hidden`, proved on one batch; without a working compiler say so and go on uncompiled.
+    """Compile `hidden` of every decoder in `net`, proved on one batch; without a working compiler go on uncompiled.
 
     The head stays out: how many tokens are learnt differs from step to step, and each new shape would compile anew.
     """
     began = time.perf_counter()
-    plain = net.hidden
-    net.hidden = torch.compile(plain, dynamic=False)  # type: ignore[assignment]
+    decoders = [module for module in net.modules() if isinstance(module, Decoder)]
+    for decoder in decoders:
+        decoder.hidden = torch.compile(decoder.hidden, dynamic=False)  # type: ignore[method-assign]
     try:
-        loss_fn(net, batch)[0].backward()
+        loss_fn(net, batch).total.backward()
         note(f"compiled in {span(time.perf_counter() - began)}")
     except (TorchDynamoException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         if must:
             raise ValueError(f"--compile on: torch.compile does not work here ({reason}); use --compile off") from None
         note(f"torch.compile does not work here ({reason}): going on without it, slower")
-        net.hidden = plain  # type: ignore[assignment]
+        for decoder in decoders:
+            del decoder.hidden  # the instance's; the class's own stands again
     net.zero_grad(set_to_none=True)

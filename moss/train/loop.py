@@ -3,8 +3,9 @@
     state = run(model, batches, loss_fn, optimizer, schedule, steps=1000, state=State())
 
 `batches(position)` gives the micro-batches of one step and the position after them; the position, an integer, is all
-there is to say where the data stands. `loss_fn(net, batch)` gives a sum and the count that it is a sum over; a step's
-gradient is the sum over all its micro-batches divided by the whole count, so 1 x 8 rows and 8 x 1 row are one step.
+there is to say where the data stands. `loss_fn(net, batch)` gives a `Loss`: a sum and the count that it is a sum over.
+A step's gradient is the sum over all its micro-batches divided by the whole count, so 1 x 8 rows and 8 x 1 row are one
+step.
 
 `net` is what computes. It is the model itself in float32; in bfloat16 it is a copy (`computing_copy`) whose weights
 are refreshed from the model's after every update and whose gradients are added up in the model's float32, so that
@@ -21,10 +22,10 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,17 @@ MEMORY = 0.95  # of the running mean of the gradient norm, per update
 
 Micro = dict[str, Tensor]
 Batches = Callable[[int], tuple[Sequence[Micro], int]]
-LossFn = Callable[[Any, Micro], tuple[Tensor, int]]
+
+
+class Loss(NamedTuple):
+    """What a loss function gives for one micro-batch."""
+
+    total: Tensor  # () the sum over `count` items, to be differentiated
+    count: int
+    figures: Mapping[str, Tensor] = {}  # sums over the same items, logged as means
+
+
+LossFn = Callable[[Any, Micro], Loss]
 
 
 @dataclass
@@ -54,6 +65,7 @@ class State:
     bad: int = 0  # steps without a finite loss and gradient, in a row
     spikes: int = 0  # steps passed over for a gradient far above the mean, in a row
     norm: float = 0.0  # running mean of the gradient norm
+    ended: str = ""  # why the stage ended before its last step
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -104,10 +116,11 @@ class Hooks:
 
     save: Callable[[State], None] | None = None  # publish a checkpoint
     save_every: int = 0  # steps; 0: only when stopped and at the end
-    validate: Callable[[Any], dict[str, float]] | None = None  # named figures of the model on held-out data
-    valid_every: int = 0  # steps; 0: only at the end
+    validate: Callable[[Any], dict[str, float]] | None = None  # named figures of the model, before each save
     log: RunLog | None = None  # one line a step
     stop: Stop | None = None  # asks for an early end
+    enough: Callable[[], str] | None = None  # asked after each step: why training should end here, or ""
+    freeze: Callable[[int, int], None] | None = None  # (step, steps): what is trainable in the step to come
     title: str = "training"  # of the progress bar
 
 
@@ -131,10 +144,12 @@ def run(
     net = model if net is None else net
     saved = state.step
     with bar(hooks.title, state.step, steps) as shown:
-        while state.step < steps and not (hooks.stop and hooks.stop.asked):
+        while state.step < steps and not state.ended and not (hooks.stop and hooks.stop.asked):
             began = time.perf_counter()
+            if hooks.freeze:
+                hooks.freeze(state.step, steps)
             micro, state.position = batches(state.position)
-            loss, norm, learnt = gradients(model, net, loss_fn, micro)
+            loss, norm, learnt, figures = gradients(model, net, loss_fn, micro)
             factor = schedule(state.step)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -156,6 +171,7 @@ def run(
                 "position": state.position,
                 "tokens_per_s": round(tokens / seconds, 1),
                 "seconds": round(seconds, 4),
+                **{name: finite(value) for name, value in figures.items()},
             }
             if why_not:
                 record["skipped"] = why_not
@@ -168,31 +184,38 @@ def run(
                     "the last checkpoint stands: lower the learning rate or look at the data there"
                 )
             shown.show(state.step, f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
-            last = state.step == steps
-            if hooks.validate and (last or (hooks.valid_every and state.step % hooks.valid_every == 0)):
+            state.ended = hooks.enough() if hooks.enough else ""
+            last = state.step == steps or bool(state.ended)
+            now = bool(hooks.save_every) and state.step % hooks.save_every == 0
+            if hooks.validate and (last or now):
                 _validate(net, state, hooks)
-            if hooks.save and not last and hooks.save_every and state.step % hooks.save_every == 0:
+            if hooks.save and now and not last:
                 saved = _save_or_go_on(state, hooks.save, saved)
     if hooks.save and saved != state.step:
         hooks.save(state)
     return state
 
 
-def gradients(model: nn.Module, net: nn.Module, loss_fn: LossFn, micro: Sequence[Micro]) -> tuple[float, float, int]:
-    """(mean loss, gradient norm, count) of one step; the mean's gradient is left in the model's `.grad`."""
-    total, count = 0.0, 0
+def gradients(
+    model: nn.Module, net: nn.Module, loss_fn: LossFn, micro: Sequence[Micro]
+) -> tuple[float, float, int, dict[str, float]]:
+    """(mean loss, gradient norm, count, mean figures) of one step; the mean's gradient is left in `.grad`."""
+    total, count, figures = 0.0, 0, dict[str, float]()
     for batch in micro:
-        loss, counted = loss_fn(net, batch)
-        if counted:
-            loss.backward()
+        loss = loss_fn(net, batch)
+        if loss.count:
+            loss.total.backward()
             collect(model, net)
-        total, count = total + float(loss.detach()), count + counted
+        total, count = total + float(loss.total.detach()), count + loss.count
+        for name, value in loss.figures.items():
+            figures[name] = figures.get(name, 0.0) + float(value)
     if not count:
         raise ValueError("a step has nothing to learn: every mask value is 0")
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for grad in grads:
         grad /= count
-    return total / count, float(torch.nn.utils.get_total_norm(grads)), count
+    norm = float(torch.nn.utils.get_total_norm(grads))
+    return total / count, norm, count, {name: value / count for name, value in figures.items()}
 
 
 def judge(state: State, loss: float, norm: float) -> str:
@@ -221,10 +244,16 @@ def update(model: nn.Module, net: nn.Module, optimizer: Optimizers, norm: float,
 
 
 def computing_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The model itself where `dtype` is its own, else a copy in `dtype` to compute with."""
+    """The model itself where `dtype` is its own, else a copy in `dtype` to compute with.
+
+    Frozen parameters (the base under LoRA) are rounded to `dtype` in place and shared: nothing is ever added to them.
+    """
     if all(parameter.dtype == dtype for parameter in model.parameters()):
         return model
-    return copy.deepcopy(model).to(dtype)
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    for parameter in frozen:
+        parameter.data = parameter.data.to(dtype)
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in frozen}).to(dtype)
 
 
 @torch.no_grad()
@@ -232,7 +261,8 @@ def refresh(model: nn.Module, net: nn.Module) -> None:
     """The model's weights, rounded, into its computing copy."""
     if net is not model:
         for mine, computing in zip(model.parameters(), net.parameters(), strict=True):
-            computing.copy_(mine)
+            if mine is not computing:
+                computing.copy_(mine)
 
 
 @torch.no_grad()
@@ -241,7 +271,7 @@ def collect(model: nn.Module, net: nn.Module) -> None:
     if net is model:
         return
     for mine, computed in zip(model.parameters(), net.parameters(), strict=True):
-        if computed.grad is None:
+        if computed.grad is None or computed is mine:
             continue
         if mine.grad is None:
             mine.grad = computed.grad.to(mine.dtype)

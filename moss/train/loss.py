@@ -17,18 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moss.model import Decoder
+from moss.train.loop import Loss
 
 CHUNK = 512  # learnt tokens whose logits exist at a time
 
 
-def next_token(model: Decoder, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
+def next_token(model: Decoder, batch: dict[str, Tensor]) -> Loss:
     """(summed cross-entropy, learnt tokens) of a packed batch: logits at t against ids[t + 1] where mask[t + 1] = 1."""
     hidden = model.hidden(batch["ids"], positions=batch["positions"], segments=batch["segments"])  # (B, T, D)
     places = batch["mask"].flatten().nonzero().squeeze(1)  # never 0: the first token of a row is not learnt
     targets = batch["ids"].flatten()[places]
     head = model.embed if model.head is None else model.head
     bias = getattr(head, "bias", None)
-    return cross_entropy_at(hidden.flatten(0, 1), places - 1, head.weight, bias, targets), len(targets)
+    return Loss(cross_entropy_at(hidden.flatten(0, 1), places - 1, head.weight, bias, targets), len(targets))
 
 
 def cross_entropy_at(
@@ -85,3 +86,61 @@ class _CrossEntropyAt(torch.autograd.Function):
         spread[places] = to_hidden * grad.to(to_hidden.dtype)  # places are distinct, so nothing is added up
         to_bias = None if to_bias is None else (to_bias * grad).to(ctx.dtypes[1])
         return spread, None, (to_weight * grad).to(ctx.dtypes[0]), to_bias, None, None, None
+
+
+def log_probs_at(
+    hidden: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """log softmax(hidden[places] @ weight.T + bias)[targets] of each target, with gradients; float32 or better.
+
+    hidden (M, D), places (N,) distinct, weight (V, D), bias (V,) or None, targets (N,) -> (N,). What the losses of
+    DPO and PPO are made of: they need every token's own value, so the head runs a second time in the backward pass,
+    again in chunks.
+    """
+    return _LogProbsAt.apply(hidden, places, weight, bias, targets, chunk)  # type: ignore[no-any-return]
+
+
+class _LogProbsAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, places: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, chunk: int
+    ) -> Tensor:
+        picked = hidden[places]  # (N, D)
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        scale = picked.new_empty(len(places), 1, dtype=exact)
+        result = picked.new_empty(len(places), dtype=exact)
+        for begin in range(0, len(places), chunk):
+            part = slice(begin, begin + chunk)
+            scores = F.linear(picked[part], weight, bias).to(exact)  # (C, V)
+            scale[part] = scores.logsumexp(dim=1, keepdim=True)
+            result[part] = (scores.gather(1, targets[part, None]) - scale[part])[:, 0]
+        ctx.rows, ctx.chunk = len(hidden), chunk
+        ctx.save_for_backward(picked, places, weight, bias, targets, scale)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        picked, places, weight, bias, targets, scale = ctx.saved_tensors
+        (grad,) = grads  # (N,)
+        wants_hidden, _, wants_weight, wants_bias = ctx.needs_input_grad[:4]
+        to_picked = torch.empty_like(picked) if wants_hidden else None
+        to_weight = torch.zeros_like(weight, dtype=grad.dtype) if wants_weight else None
+        to_bias = torch.zeros_like(bias, dtype=grad.dtype) if wants_bias else None
+        for begin in range(0, len(places), ctx.chunk):
+            part = slice(begin, begin + ctx.chunk)
+            slope = F.linear(picked[part], weight, bias).to(grad.dtype).sub_(scale[part]).exp_()  # softmax (C, V)
+            slope.neg_().scatter_add_(1, targets[part, None], torch.ones_like(slope[:, :1]))
+            slope = (slope * grad[part, None]).to(picked.dtype)
+            if to_picked is not None:
+                to_picked[part] = slope @ weight
+            if to_weight is not None:
+                to_weight += slope.T @ picked[part]
+            if to_bias is not None:
+                to_bias += slope.sum(dim=0)
+        to_hidden = None
+        if to_picked is not None:
+            to_hidden = picked.new_zeros(ctx.rows, picked.shape[1])
+            to_hidden[places] = to_picked  # places are distinct, so nothing is added up
+        to_weight = None if to_weight is None else to_weight.to(weight.dtype)
+        to_bias = None if to_bias is None else to_bias.to(bias.dtype)
+        return to_hidden, None, to_weight, to_bias, None, None

@@ -17,15 +17,15 @@ from typing import Literal
 
 from rich.table import Table
 
-from moss.config import option
 from moss.data import dialogs
 from moss.data.pack import Packed, Rows
-from moss.data.rows import by_section, check_files, of_dialogs
+from moss.data.rows import by_section, data_files, of_dialogs
 from moss.log import console, note
 from moss.tokenizer import Tokenizer
 from moss.train import launch
 from moss.train.loss import next_token
-from moss.weights import load_model
+
+MATERIAL = 4000  # conversations of the scripted teacher where no --data is given
 
 
 @dataclass(frozen=True)
@@ -33,36 +33,21 @@ class SFT(launch.Settings):
     """Fine-tune a language model on conversations."""
 
     out: Path = Path("runs/sft")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
-    model: Path = option(Path("runs/pretrain"))  # folder of the model to start from, with its tokenizer
+    model: Path | None = None  # folder of the model to start from, with its tokenizer; none = the bundled model
     loss: Literal["assistant", "paper"] = "assistant"  # what is learnt
-    optimizer: Literal["muon", "adamw"] = "muon"  # for the matrices of the blocks
 
 
 def main(config: SFT) -> int:
     """Render, show what is learnt, train."""
     launch.check(config)
-    check_files(config.data, "--data")
-    if config.valid:
-        check_files(config.valid, "--valid")
+    given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
     with launch.opened(config) as (start, stop):
-        source = start or config.model
-        tokenizer = Tokenizer.load(source)
-        model = load_model(source)
-        launch.check_fit(tokenizer, model, config.length, source)
-        data = read(config.data, tokenizer, config)
-        valid = read(config.valid, tokenizer, config) if config.valid else None
+        tokenizer, model = launch.load(config, start, config.model)
+        data = read(given or launch.material(config, "dialogs", MATERIAL), tokenizer, config)
+        validate = launch.mean_loss(read(held_out, tokenizer, config), next_token, config) if held_out else None
         console.print(sections(data.rows, tokenizer))
         return launch.train(
-            "sft",
-            config,
-            model,
-            tokenizer,
-            data,
-            next_token,
-            muon=config.optimizer == "muon",
-            start=start,
-            stop=stop,
-            valid=valid,
+            "sft", config, model, tokenizer, data, next_token, start=start, stop=stop, validate=validate
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 from moss.config import option
-from moss.data.rows import check_files, documents, json_lines
+from moss.data.rows import data_files, documents, json_lines
 from moss.log import console, note
 from moss.tokenizer import Tokenizer, train
 
@@ -36,7 +36,7 @@ class TrainTokenizer:
 
 def main(config: TrainTokenizer) -> int:
     """Train, save, and report characters per token."""
-    check_files(config.data, "--data")
+    data_files(config.data, "--data")
     seen: list[str] = []
 
     def sampled() -> Iterator[str]:
