@@ -3,7 +3,9 @@
 A run's folder holds `step-000120/` for each checkpoint that is kept:
 
     model.safetensors  config.json  tokenizer.json     what stock transformers loads
+    adapter_model.safetensors  adapter_config.json     instead of the first two where adapters are trained (`--lora`)
     optimizer/state.pt                                 optimizer and random state (`torch.load(weights_only=True)`)
+    optimizer/shard-*.safetensors                      of a run over several ranks: each rank's part of the optimizer
     moss.json                                          format 1: stage, model, tokenizer sha256, run config, loop, data
     manifest.json                                      size and sha256 of every other file
 
@@ -12,6 +14,14 @@ disk at any moment leaves the earlier checkpoints as they were. Reading takes th
 others are reported with the reason and passed over, never deleted. `export` writes what a stage is for, the finished
 model, into the run's folder itself, in the same way but file by file with `moss.json` last; that one has the weights'
 sha256 too (`weights_sha256`), which `check_weights` looks at.
+
+Over several ranks (`moss/dist.py`) all of them call `save` and `export` together: rank 0 gathers and writes the model
+and publishes, each rank writes its own part of the optimizer's tensors through `torch.distributed.checkpoint`, and an
+error on one is an error on all. In `state.pt` those tensors are named by shape and dtype alone (tensors on `meta`).
+`load` fills them in for the ranks that there are, so that a run goes on with more or fewer of them, or on one.
+
+The manifest tells damage, not malice: whoever can write in the folder can write a manifest too. Therefore nothing in
+a checkpoint can run code when it is read: safetensors, JSON, and a pickle of tensors and plain values only.
 
 Two runs cannot share a folder: `lock` holds `.lock` (an advisory lock that dies with the process, even under kill -9).
 """
@@ -33,14 +43,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from moss import dist
 from moss.files import sha256
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
 from moss.weights import save_model
 
 FORMAT = 1
-FILES = ("model.safetensors", "config.json", "tokenizer.json", "optimizer/state.pt", "moss.json")
-STATE = ("optimizer", "rng")  # what state.pt must hold
+FILES = ("tokenizer.json", "optimizer/state.pt", "moss.json")  # what every checkpoint has, and
+WEIGHTS = (("model.safetensors", "config.json"), ("adapter_model.safetensors", "adapter_config.json"))  # one of these
+STATE = ("optimizer", "rng", "data")  # what state.pt must hold
 INFO = ("format", "stage", "model", "tokenizer_sha256", "run", "loop", "data")  # what moss.json must hold
 KEEP = 2  # whole checkpoints that a run's folder holds; never fewer
 ROOM = 1.05  # free space asked for before saving, as a multiple of what will be written
@@ -116,7 +128,8 @@ def check(path: Path) -> None:
         raise ValueError("manifest.json is missing") from None
     except (ValueError, TypeError, KeyError, AttributeError, OSError):
         raise ValueError("manifest.json cannot be read") from None
-    for name in FILES:
+    weights = WEIGHTS[1] if WEIGHTS[1][0] in listed else WEIGHTS[0]
+    for name in (*weights, *FILES):
         if name not in listed:
             raise ValueError(f"manifest.json does not list {name}")
     for name, (size, expected) in listed.items():
@@ -138,40 +151,69 @@ def save(
     state: dict[str, Any],
     info: dict[str, Any],
     keep: int = KEEP,
+    adapter: Callable[[Decoder, Path], None] | None = None,
 ) -> Path:
-    """Publish `step-N`, then drop all but the newest `keep` up to it; OSError leaves everything as it was.
+    """Publish `step-N`, then drop all but the newest `keep` up to it; OSError leaves everything as it was. All ranks
+    call it together, with the same `state` but for sharded tensors in it.
 
-    `parts`: the model under "", and what trains beside it (PPO's critic) under the name of its subfolder.
+    `parts`: the model under "", and what trains beside it (PPO's critic) under the name of its subfolder. `adapter`
+    writes what is trained of a model that is frozen else; without it models are written whole.
     """
     if keep < KEEP:
         raise ValueError(f"keep is {keep}; at least {KEEP}, so that damage to the newest does not end a run")
 
+    weights = [p for model in parts.values() for p in model.parameters() if p.requires_grad or not adapter]
+    need = sum(tensor.nbytes for tensor in _tensors([state, weights]))
+    with dist.agreed():
+        if dist.rank() == 0 and (free := shutil.disk_usage(folder).free) < need * ROOM:
+            words = f"no space for a checkpoint ({need / 1e6:.0f} MB, {free / 1e6:.0f} MB free)"
+            raise OSError(errno.ENOSPC, words, str(folder))
+    shards = dict[str, torch.Tensor]()
+    held = _map(state, "", lambda name, tensor: _set_aside(name, tensor, shards))
+
+    models = parts if adapter else {name: dist.whole(model) for name, model in parts.items()}
+
     def write(into: Path) -> None:
-        for name, model in parts.items():
-            save_model(model, into / name, eos=tokenizer.eos)
+        for name, model in models.items():
+            if adapter:
+                adapter(model, into / name)
+            else:
+                save_model(model, into / name, eos=tokenizer.eos)
         tokenizer.save(into)
         (into / "optimizer").mkdir()
-        torch.save(state, into / "optimizer" / "state.pt")
+        torch.save(held, into / "optimizer" / "state.pt")
         _write_json(into / "moss.json", {"format": FORMAT, **info})
 
-    weights = [list(model.parameters()) for model in parts.values()]
-    need = sum(tensor.nbytes for tensor in _tensors([state, weights]))
-    free = shutil.disk_usage(folder).free
-    if free < need * ROOM:
-        words = f"no space for a checkpoint ({need / 1e6:.0f} MB, {free / 1e6:.0f} MB free)"
-        raise OSError(errno.ENOSPC, words, str(folder))
-    path = publish(folder, step, write)
-    _prune(folder, step, keep)
+    path = publish(folder, step, write, shards)
+    if dist.rank() == 0:
+        _prune(folder, step, keep)
     return path
 
 
-def publish(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Let `write` fill a hidden folder, add the manifest, and make it `step-N` in one rename."""
+def publish(
+    folder: Path, step: int, write: Callable[[Path], None], shards: Mapping[str, torch.Tensor] | None = None
+) -> Path:
+    """Let `write` fill a hidden folder (on rank 0), and each rank add its part of `shards`; then add the manifest, and
+    make it `step-N` in one rename."""
     final = folder / f"step-{step:06d}"
     fresh = folder / f".{final.name}.tmp"
-    with _filling(fresh, final):
-        write(fresh)
-        _add_manifest(fresh)
+    with _cleared(fresh, final):
+        with dist.agreed():
+            if dist.rank() == 0:
+                shutil.rmtree(fresh, ignore_errors=True)
+                fresh.mkdir()
+                write(fresh)
+        if shards:
+            dist.write_shards(fresh / "optimizer", shards)
+        with dist.agreed():
+            if dist.rank() == 0:
+                _add_manifest(fresh)
+                _rename(folder, fresh, final)
+    return final
+
+
+def _rename(folder: Path, fresh: Path, final: Path) -> None:
+    """Give what was written its name, in one move."""
     if final.exists():  # a damaged one that was passed over: set it aside, so that the name is free for one rename
         aside = folder / f".{final.name}.old.tmp"
         shutil.rmtree(aside, ignore_errors=True)
@@ -181,25 +223,26 @@ def publish(folder: Path, step: int, write: Callable[[Path], None]) -> Path:
     else:
         fresh.rename(final)
     _sync(folder)
-    return final
 
 
 @contextmanager
-def _filling(fresh: Path, final: Path) -> Iterator[None]:
-    """A hidden folder to write into; when that fails it is gone again, and the OSError names what was to be made."""
-    shutil.rmtree(fresh, ignore_errors=True)
+def _cleared(fresh: Path, final: Path) -> Iterator[None]:
+    """When writing fails, the hidden folder is gone again, and the OSError names what was to be made."""
     try:
-        fresh.mkdir()
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(fresh, ignore_errors=True)
+        if dist.rank() == 0:
+            shutil.rmtree(fresh, ignore_errors=True)
         if isinstance(error, OSError):
             raise
         raise OSError(errno.EIO, f"writing failed: {error}", str(final)) from error  # torch and safetensors hide errno
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(moss.json, state.pt) of a checkpoint that `newest` gave; anything missing in them is named in a ValueError."""
+    """(moss.json, state.pt) of a checkpoint that `newest` gave; anything missing in them is named in a ValueError.
+
+    Over several ranks the optimizer's tensors come sharded, from however many ranks they are; all call it together.
+    """
     info = read_info(path)
     try:
         state = torch.load(path / "optimizer" / "state.pt", map_location="cpu", weights_only=True)
@@ -208,7 +251,13 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     for name in STATE:
         if not isinstance(state, dict) or name not in state:
             raise ValueError(f"{path / 'optimizer/state.pt'} lacks {name!r}; the run cannot go on exactly from here")
-    return info, state
+    named = dict[str, torch.Tensor]()
+    _map(state, "", lambda name, tensor: named.setdefault(name, tensor) if tensor.is_meta else tensor)
+    found = dist.read_shards(path / "optimizer", named) if named else {}
+    if dist.world() > 1 and not named:  # of one process; what has rows is a parameter's size, and cut as parameters are
+        spread = _map(state["optimizer"], "", lambda _, tensor: dist.spread(tensor) if tensor.ndim else tensor)
+        return info, state | {"optimizer": spread}
+    return info, _map(state, "", lambda name, tensor: found.get(name, tensor))
 
 
 def read_info(path: Path) -> dict[str, Any]:
@@ -228,9 +277,18 @@ def read_info(path: Path) -> dict[str, Any]:
 
 def export(folder: Path, *, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
     """The finished model in `folder` itself, in bfloat16: what `--model FOLDER` loads. `moss.json` says that it is
-    there: the one of an earlier end goes before any other file changes, the new one comes last."""
+    there: the one of an earlier end goes before any other file changes, the new one comes last. All ranks call it."""
+    model = dist.whole(model)
+    with dist.agreed():
+        if dist.rank() == 0:
+            _export(folder, model, tokenizer, info)
+
+
+def _export(folder: Path, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
     fresh = folder / ".final.tmp"
-    with _filling(fresh, folder):
+    with _cleared(fresh, folder):
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
         save_model(model, fresh, dtype=torch.bfloat16, eos=tokenizer.eos)
         tokenizer.save(fresh)
         told = {"format": FORMAT, **info, "weights_sha256": sha256(fresh / "model.safetensors")}
@@ -294,13 +352,27 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any) -> list[torch.Tensor]:
     """Every tensor anywhere inside nested dicts and lists."""
+    found = list[torch.Tensor]()
+    _map(value, "", lambda _, tensor: found.append(tensor))
+    return found
+
+
+def _map(value: Any, name: str, change: Callable[[str, torch.Tensor], Any]) -> Any:
+    """The same nested dicts and lists, with `change(its place, tensor)` for each tensor; `a.0.b` is a place."""
     if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+        return change(name, value)
+    if isinstance(value, dict):
+        return {key: _map(item, f"{name}.{key}" if name else str(key), change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(item, f"{name}.{index}", change) for index, item in enumerate(value))
+    return value
+
+
+def _set_aside(name: str, tensor: torch.Tensor, shards: dict[str, torch.Tensor]) -> torch.Tensor:
+    """A sharded tensor goes into `shards`, and in its place stands one without content."""
+    if not dist.is_sharded(tensor):
+        return tensor
+    shards[name] = tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -41,6 +41,7 @@ LIMITS = {
 }
 BLOCK = 128  # queries computed together in `blockwise_attention`
 BLOCKS_PAY = 1024  # tokens of a row up to which it is used
+CONTINUES = 2**16  # see `packed_mask`; more documents than a row can hold
 SCORES_FIT = 2**26  # and elements of its scores, B x H x T x T: in bfloat16 a layer keeps 0.2 GB of them till backward
 # Keys that each kind of rotary scaling must have and may have, as in Hugging Face's `rope_scaling`.
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
@@ -359,11 +360,13 @@ class Block(nn.Module):
 def packed_mask(segments: Tensor) -> Tensor:
     """Which tokens of a packed row see each other: same document, not later. (B, T) int -> bool (B, 1, T, T).
 
-    Padding (document 0) sees padding, so that no row of the softmax is empty.
+    A document numbered d + `CONTINUES` x p goes on from document p, which several may share, and sees that too. Padding
+    (document 0) sees padding, so that no row of the softmax is empty.
     """
     length = segments.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    return ((segments[:, :, None] == segments[:, None, :]) & causal)[:, None]
+    query, key = segments[:, :, None], segments[:, None, :]
+    return (((query == key) | ((query // CONTINUES == key) & (key > 0))) & causal)[:, None]
 
 
 class Decoder(nn.Module):

@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
+
+from moss.dist import Muon
 
 BETAS = (0.9, 0.95)
 SCHEDULES = ("linear", "cosine", "constant")

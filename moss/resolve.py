@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from moss.chat import QUALITIES
 from moss.checkpoint import FORMAT, check_weights
 from moss.engine.quant import WIDTHS, QuantLinear, load_quantized
 from moss.files import json_object
@@ -155,6 +156,12 @@ def on_server(model: str | Path) -> bool:
 def stage(model: str | Path | None = None) -> str | None:
     """The training stage that made a model of ours, such as `pretrain` or `sft`; None for one from elsewhere."""
     return None if model is not None and on_server(model) else _record(locate(model)).get("stage")
+
+
+def quality(model: str | Path | None = None, wanted: int | None = None) -> int | None:
+    """The preference tag that opens a model's replies: what the user wants, else the best for a model of
+    `moss train pat`, which is made to be asked for it (section 7.2 of the paper), and none for any other."""
+    return QUALITIES[-1] if wanted is None and stage(model) == "pat" else wanted
 
 
 def _check_record(folder: Path, tok: Tokenizer) -> None:

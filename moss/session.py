@@ -34,6 +34,7 @@ from moss.files import replacing
 from moss.model import num_parameters
 from moss.resolve import Device, Dtype, dtype_of, locate, on_server
 from moss.resolve import load as load_model
+from moss.resolve import quality as quality_of
 from moss.tokenizer import Tokenizer
 from moss.tools import run
 from moss.tools.base import Tool, parse_commands, prepare, standard_tools
@@ -65,8 +66,9 @@ def load(
     dtype, device: see `moss.resolve.choose` for what `auto` is. tools: those switched on, as in `moss chat --tools`,
     or a list that may hold tools of your own (`@moss.tool`), which go before standard ones with their key.
     temperature: 0 always takes the likeliest token. max_tokens: of a pass, that is of a round or a reply. quality: the
-    preference tag. seed: the same seed draws the same answers. deterministic: the model's scores are the same to the
-    last bit, however the prompt is read or remembered (`moss.engine.fixed`). `chat.sampling` has what else can be set.
+    preference tag; a model of `moss train pat` gets 100 where none is named. seed: the same seed draws the same
+    answers. deterministic: the model's scores are the same to the last bit, however the prompt is read or remembered
+    (`moss.engine.fixed`). `chat.sampling` has what else can be set.
     UsageError (a ValueError) for a setting that cannot work, ValueError for a model that cannot be read or reached.
     """
     try:
@@ -90,6 +92,7 @@ def load(
         name = "moss-nano" if model is None else locate(model).resolve().name
         about = f"{name}, {num_parameters(decoder.config) / 1e6:.1f}M parameters as {dtype_of(decoder)}"
         engine = Engine(decoder, slots=1, deterministic=deterministic)
+        quality = quality_of(model, quality)
     dialog = Dialog(meta_instruction, switches, [])
     return Chat(dialog, engine, tok, known, sampling, quality=quality, seed=seed, about=about, end=engine.close)
 

@@ -59,7 +59,7 @@ class Chat:
     temperature: float = 0.0  # how freely tokens are drawn; 0 = always the likeliest
     top_p: float = 0.8  # draw among the likeliest tokens that make up this share
     max_tokens: int = 512  # most tokens of a pass, that is of a round of thinking or of a reply
-    quality: int | None = None  # ask for replies of this quality: 0, 20, 40, 60, 80 or 100
+    quality: int | None = None  # ask for replies of this quality, 0, 20, … 100; none = 100 of a model of `train pat`
     meta_instruction: Path | None = None  # file with the meta instruction that opens the conversation
     seed: int | None = None  # the same seed draws the same answer
     deterministic: bool = False  # the same scores to the last bit, however the prompt is read or remembered

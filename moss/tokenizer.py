@@ -2,7 +2,8 @@
 
 `train` learns a vocabulary from English, Chinese and code together; `load` also reads the released MOSS layout
 (vocab.json, merges.txt, added_tokens.json) and any byte-level tokenizer.json (Llama 3, Qwen), and `add_markers` gives
-such a base the ten markers of the chat format. Everything is saved as the tokenizer.json that stock transformers reads.
+such a base the ten markers of the chat format (`moss.extend` gives it a language). Everything is saved as the
+tokenizer.json that stock transformers reads.
 
 Three properties hold for every tokenizer here and are tested with arbitrary strings:
 - `decode(encode(text)) == text`, byte for byte (bases that normalise Unicode excepted, see `load`);
@@ -21,7 +22,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -71,7 +72,8 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-_BYTE_OF = _byte_alphabet()
+BYTE_OF = _byte_alphabet()
+SIGN_OF = {byte: sign for sign, byte in BYTE_OF.items()}
 _ROLE_NAMES = "|".join(role[2:-2].replace(" ", r"\s*") for role in ROLES)
 _ROLE_IN_TEXT = re.compile(rf"<(?=\s*\|\s*(?:{_ROLE_NAMES})\s*\|\s*>)", re.IGNORECASE)
 
@@ -118,7 +120,7 @@ class Tokenizer:
                 table[i] = added[i].encode()
                 continue
             try:
-                table[i] = bytes([_BYTE_OF[c] for c in token])
+                table[i] = bytes([BYTE_OF[c] for c in token])
             except KeyError:
                 raise ValueError(
                     f"{self.origin} is not byte-level BPE (token {i} is {token!r}); only byte-level vocabularies, "
@@ -130,14 +132,26 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as ordinary text. Raises ValueError on a lone surrogate."""
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts at once, on all cores."""
         for text in texts:
-            _refuse_surrogates(text)
+            refuse_surrogates(text)
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_words(self, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """`encode_batch` with, for each id, the number of the word that it is a piece of: merges end at its borders."""
+        for text in texts:
+            refuse_surrogates(text)
+        found = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(e.ids, cast("list[int]", e.word_ids)) for e in found]
+
+    def pieces(self, data: bytes) -> list[int]:
+        """The ids that the merges make of these bytes, taken as one word; also of what is only part of a character."""
+        word = "".join(SIGN_OF[byte] for byte in data)
+        return [token.id for token in self._backend.model.tokenize(word)]
 
     def decode_bytes(self, ids: Iterable[int], *, markers: bool = False) -> bytes:
         """The bytes that `ids` stand for; control ids count for nothing unless `markers`."""
@@ -225,7 +239,8 @@ def _deaf(backend: Backend) -> Backend:
     return backend
 
 
-def _refuse_surrogates(text: str) -> None:
+def refuse_surrogates(text: str) -> None:
+    """ValueError where a text holds half a surrogate pair, which is no character and has no UTF-8."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -263,7 +278,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[AddedToken(name, special=True, normalized=False) for name in (EOS, *MARKERS)],
-        initial_alphabet=sorted(_BYTE_OF),
+        initial_alphabet=sorted(BYTE_OF),
         show_progress=False,
     )
     backend.train_from_iterator(_checked(texts), trainer)
@@ -272,7 +287,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def _checked(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
-        _refuse_surrogates(text)
+        refuse_surrogates(text)
         yield text
 
 

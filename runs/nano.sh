@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A nano model from nothing: material, tokenizer, pre-training, fine-tuning, evaluation; about 15 minutes on two cores.
+# A nano model from nothing, every stage once: material, tokenizer, pre-training, fine-tuning and its evaluation, then
+# preferences: a model of mixed manners, a preference model, and PAT, DPO and PPO with it; under 20 minutes on two cores.
 #
-#   runs/nano.sh                             a nano in out/nano/sft
+#   runs/nano.sh                             a nano in out/nano/sft; the last three beside it, in pat, dpo and ppo
 #   runs/nano.sh --scale 0.05 --out out/ci   the same road with a twentieth of the steps, to see that it works
 #   runs/nano.sh --bundle                    the bundled model: more steps, written to moss/models/nano at the end
 #
@@ -9,7 +10,7 @@
 set -euo pipefail
 
 usage() {
-  sed -n '2,8s/^# \{0,1\}//p' "$0"
+  sed -n '2,9s/^# \{0,1\}//p' "$0"
   echo "options: --scale X (0.05)  --out DIR (out/nano, from the project's root)  --seed N (0)  --bundle"
 }
 fail() {
@@ -38,9 +39,9 @@ VOCAB=2048
 if [ -n "$BUNDLE" ]; then
   OUT=${OUT:-out/bundle} PRETRAIN_STEPS=300 SFT_STEPS=3300
 else
-  OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=450
+  OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=390
 fi
-QUESTIONS=100
+QUESTIONS=100 PREFERENCE_STEPS=40 PPO_STEPS=8
 
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || make .venv/.core
@@ -50,8 +51,11 @@ scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n = int(n * s + 0.
 PRETRAIN_STEPS=$(scaled $PRETRAIN_STEPS 5)
 SFT_STEPS=$(scaled $SFT_STEPS 10)
 QUESTIONS=$(scaled $QUESTIONS 4)
+PREFERENCE_STEPS=$(scaled $PREFERENCE_STEPS 2)
+PPO_STEPS=$(scaled $PPO_STEPS 2)
 DOCUMENTS=$((PRETRAIN_STEPS * 100 + 500))
 DIALOGS=$((SFT_STEPS * 18 + 200))
+PROMPTS=$((PREFERENCE_STEPS * 10 + 20))
 
 # One folder holds one run: material of other settings must not be mixed in.
 SETTINGS="depth=$DEPTH vocab=$VOCAB pretrain=$PRETRAIN_STEPS sft=$SFT_STEPS seed=$SEED"
@@ -97,6 +101,33 @@ stage "fine-tuning ($SFT_STEPS steps)" "$OUT/sft/moss.json" \
 
 stage "evaluation ($QUESTIONS questions a set)" "$OUT/eval.json" \
   moss eval tools --model "$OUT/sft" --n "$QUESTIONS" --seed "$SEED" -o "$OUT/eval.json" --records "$OUT/answers.jsonl"
+
+# What follows shows the stages of preferences on questions whose answers a program judges; the model to talk to is sft.
+if [ -z "$BUNDLE" ]; then
+  prefer() { moss train "$1" --length 1024 --steps "$PREFERENCE_STEPS" --save-every 20 --seed "$SEED" --out "$OUT/$1" --resume "${@:2}"; }
+
+  stage "preferences ($PROMPTS questions, 6 replies each)" "$OUT/pairs.jsonl" \
+    moss data curriculum --kind preferences --n "$PROMPTS" --seed "$SEED" -o "$OUT/pairs.jsonl"
+
+  stage "their replies as conversations" "$OUT/replies.jsonl" \
+    moss data curriculum --kind replies --n $((6 * PROMPTS)) --seed "$SEED" -o "$OUT/replies.jsonl"
+
+  stage "a model of mixed manners" "$OUT/mixed/moss.json" \
+    moss train sft --model "$OUT/sft" --data "$OUT/replies.jsonl" --length 1024 --steps "$PREFERENCE_STEPS" \
+    --save-every 20 --seed "$SEED" --out "$OUT/mixed" --resume
+
+  stage "preference model" "$OUT/reward/moss.json" prefer reward --model "$OUT/mixed" --data "$OUT/pairs.jsonl"
+
+  stage "preference-aware training" "$OUT/pat/moss.json" \
+    prefer pat --model "$OUT/mixed" --reward "$OUT/reward" --data "$OUT/replies.jsonl"
+
+  stage "direct preference optimisation" "$OUT/dpo/moss.json" \
+    prefer dpo --model "$OUT/mixed" --data "$OUT/pairs.jsonl"
+
+  stage "PPO" "$OUT/ppo/moss.json" \
+    moss train ppo --model "$OUT/mixed" --reward "$OUT/reward" --data "$OUT/pairs.jsonl" --steps "$PPO_STEPS" \
+    --batch-tokens 8192 --max-tokens 64 --seed "$SEED" --out "$OUT/ppo" --resume
+fi
 
 if [ -n "$BUNDLE" ]; then
   mkdir -p moss/models/nano

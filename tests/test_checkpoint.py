@@ -38,7 +38,7 @@ def model(tokenizer: Tokenizer) -> Decoder:
 
 
 def save(folder: Path, step: int, model: Decoder, tokenizer: Tokenizer, keep: int = 2) -> Path:
-    state = {"optimizer": {"lr": torch.tensor([float(step)])}, "rng": {"cpu": torch.get_rng_state()}}
+    state = {"optimizer": {"lr": torch.tensor([float(step)])}, "rng": {"cpu": torch.get_rng_state()}, "data": {}}
     folder.mkdir(exist_ok=True)
     return checkpoint.save(folder, step, parts={"": model}, tokenizer=tokenizer, state=state, info=INFO, keep=keep)
 
@@ -110,9 +110,9 @@ def test_all_damaged_is_an_error(tmp_path: Path, model: Decoder, tokenizer: Toke
     assert checkpoint.newest(tmp_path / "elsewhere", quiet) is None
 
 
-@pytest.mark.parametrize("what", ["optimizer", "rng"])
+@pytest.mark.parametrize("what", ["optimizer", "rng", "data"])
 def test_missing_state_is_named(what: str, tmp_path: Path, model: Decoder, tokenizer: Tokenizer) -> None:
-    """Prevents a resume that quietly starts with a fresh optimizer or random state."""
+    """Prevents a resume that quietly starts with a fresh optimizer, random state or state of the data."""
     path = save(tmp_path, 1, model, tokenizer)
     state = torch.load(path / "optimizer/state.pt", weights_only=True)
     torch.save({name: value for name, value in state.items() if name != what}, path / "optimizer/state.pt")
@@ -144,7 +144,7 @@ def test_a_hostile_optimizer_file_runs_nothing(
     """Prevents code in a pickle from running when a checkpoint of someone else is opened."""
     monkeypatch.setenv("MOSS_TEST_PAYLOAD", str(tmp_path / "ran"))
     path = save(tmp_path, 1, model, tokenizer)
-    torch.save({"optimizer": Payload(), "rng": {}}, path / "optimizer/state.pt")
+    torch.save({"optimizer": Payload(), "rng": {}, "data": {}}, path / "optimizer/state.pt")
     with pytest.raises(ValueError, match="cannot be read"):
         checkpoint.load(path)
     assert not (tmp_path / "ran").exists()

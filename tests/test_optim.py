@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
+from moss.dist import Muon
 from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer, rate, split_parameters
 

@@ -12,7 +12,10 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from moss import tokenizer as tokenizer_module
+from moss.errors import UsageError
 from moss.tokenizer import ENDS, EOS, MARKERS, MIN_VOCAB, ROLES, Tokenizer, add_markers, load, require_markers, train
+from moss.train import tokenizer as stage
+from moss.train.tokenizer import TrainTokenizer
 
 TEXTS = [
     "The price is 12.50 dollars, so 3 of them cost 37.5. It's what we've said, isn't it?\n" * 3,
@@ -315,3 +318,89 @@ def test_only_what_the_library_says_about_a_file_is_called_a_broken_file(tmp_pat
     monkeypatch.setattr(tokenizer_module, "Backend", Failing)
     with pytest.raises(MemoryError):
         load(tmp_path)
+
+
+# ---------------------------------------------------------------- moss train tokenizer
+
+
+def chat_row(kind: str) -> dict:
+    """A conversation in each of the formats, with words that occur nowhere else."""
+    if kind == "openai":
+        return {"messages": [{"role": "user", "content": "wombat"}, {"role": "assistant", "content": "kiwi 你好"}]}
+    if kind == "sharegpt":
+        return {"conversations": [{"from": "human", "value": "wombat"}, {"from": "gpt", "value": "kiwi 你好"}]}
+    turn = {"Human": "<|Human|>: wombat<eoh>\n", "MOSS": "<|MOSS|>: kiwi 你好<eom>\n"}
+    return {"meta_instruction": "Be kind.", "num_turns": 1, "chat": {"turn_1": turn}}
+
+
+@pytest.mark.parametrize("kind", ["moss", "openai", "sharegpt"])
+def test_conversations_of_all_formats_are_learnt_from(kind: str, tmp_path: Path) -> None:
+    """A format that other stages read but this one refuses, or markers and roles learnt as if they were text."""
+    file = tmp_path / "chat.jsonl"
+    file.write_text((json.dumps(chat_row(kind), ensure_ascii=False) + "\n") * 3)
+    (tmp_path / "chat.json").write_text(json.dumps([chat_row(kind), {"text": "plain"}]))
+    found = [text.strip() for text in stage.texts([file])]
+    assert [text for text in found if text and text not in ("Be kind.", "None")][:2] == ["wombat", "kiwi 你好"]
+    assert not any(name in text for text in found for name in MARKERS)
+    assert "plain" in list(stage.texts([tmp_path / "chat.json"]))
+    assert stage.main(TrainTokenizer(data=[file], vocab_size=290, out=tmp_path / "out")) == 0
+    assert len(load(tmp_path / "out").encode("wombat")) < 4
+
+
+def test_the_stage_extends(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A result that does not say what it extends, a report that hides what changed, or a size that means two things."""
+    base = write_released(tmp_path)
+    (tmp_path / "zh.txt").write_text("山重水复疑无路，柳暗花明又一村。\n" * 9)
+    config = TrainTokenizer(data=[tmp_path / "zh.txt"], extend=base, vocab_size=430, out=tmp_path / "new")
+    assert stage.main(config) == 0
+    old, tok = load(base), load(tmp_path / "new")
+    assert tok.vocab_size == 430 > old.vocab_size and tok.encode(TEXTS[2]) == old.encode(TEXTS[2])
+    told = json.loads((tmp_path / "new/extends.json").read_text())
+    assert told == {"base": str(base.resolve()), "sha256": old.sha256, "ids": old.vocab_size}
+    said = capsys.readouterr().err
+    rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("│")}
+    assert "new" in rows["Chinese"] and "as before" in rows["other"] and "as before" in rows["code"]
+    assert "holds weights" not in said
+    assert stage.main(TrainTokenizer(data=[tmp_path / "zh.txt"], vocab_size=290, out=tmp_path / "new")) == 0
+    assert not (tmp_path / "new/extends.json").exists()  # it extends nothing any more
+
+
+def test_the_stage_without_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who only wants to see it run, new and with --extend."""
+    monkeypatch.setattr(stage, "MATERIAL", 60)
+    assert stage.main(TrainTokenizer(vocab_size=500, out=tmp_path / "new")) == 0
+    assert stage.main(TrainTokenizer(extend=tmp_path / "new", out=tmp_path / "more")) == 0
+    assert load(tmp_path / "more").vocab_size == round(500 / 0.7)
+
+
+def test_bad_input_of_the_stage_is_one_line(tmp_path: Path) -> None:
+    """Tracebacks, a base that is overwritten, a vocabulary that is learnt from nothing."""
+    base = write_released(tmp_path)
+    size = load(base).vocab_size
+    zh = tmp_path / "zh.txt"
+    zh.write_text("中国中国")
+    empty, latin, english = tmp_path / "empty.txt", tmp_path / "latin.txt", tmp_path / "en.txt"
+    empty.touch()
+    latin.write_bytes("中国".encode("gbk"))
+    english.write_text("english " * 9)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "a"}\n{"words": "b"}\n')
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    for change, words in (
+        ({"extend": tmp_path / "nowhere"}, "no tokenizer at"),
+        ({"vocab_size": size}, f"--vocab-size is {size}; it counts all ids and must be at least {size + 1}"),
+        ({"vocab_size": 200, "extend": None}, "--vocab-size is 200; it counts all ids and must be at least 267"),
+        ({"data": [empty]}, "empty.txt is empty"),
+        ({"data": [latin]}, "latin.txt is not UTF-8 text: byte 0"),
+        ({"data": [english]}, "no writing but Latin"),
+        ({"data": [tmp_path / "gone"]}, "gone is not a file"),
+        ({"data": [bad]}, "bad.jsonl:2: neither `text` nor `chat`, `messages` or `conversations`; its keys are words"),
+        ({"out": tmp_path / "model"}, r"holds a model \(config.json\)"),
+        ({"out": zh / "below"}, "cannot write in"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            stage.main(TrainTokenizer(**({"data": [zh], "extend": base, "out": tmp_path / "out"} | change)))
+        assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+        assert isinstance(error.value, UsageError) == ("vocab_size" in change)
+    assert (tmp_path / "model/config.json").read_text() == "{}"

@@ -18,15 +18,16 @@ import torch
 
 from moss import checkpoint
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn, render
+from moss.data import pairs
 from moss.data.dialogs import to_row
 from moss.data.pack import Rows
 from moss.data.rows import by_section, of_dialogs
 from moss.log import read as read_log
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
-from moss.train import launch, loop, pretrain, sft
+from moss.train import dpo, launch, loop, pat, ppo, pretrain, reward, sft
 from moss.train import tokenizer as tokenizer_stage
-from moss.weights import load_model
+from moss.weights import load_model, save_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -55,6 +56,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     both = [folder / "text.jsonl", folder / "chat.jsonl"]
     assert tokenizer_stage.main(tokenizer_stage.TrainTokenizer(data=both, vocab_size=500, out=folder / "tok")) == 0
     assert pretrain.main(base_config(folder, out=folder / "base", steps=6)) == 0
+    asked = [Dialog("", {}, [Turn(f"{a} plus {a}?", [], "")]) for a in range(24)]
+    replies = [pairs.Reply(text, level=level) for text, level in (("Fine.", 100), ("No, not at all.", 0), ("Hm.", 40))]
+    rows = [pairs.to_json(pairs.Preference(each, replies, [(0, 1), (0, 2), (2, 1)])) for each in asked]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judge = load_model(folder / "base", head="scalar")
+    torch.nn.init.normal_(judge.head.weight, generator=torch.Generator().manual_seed(0))  # type: ignore[union-attr]
+    save_model(judge, folder / "judge")
+    Tokenizer.load(folder / "base").save(folder / "judge")
     return folder
 
 
@@ -72,9 +81,9 @@ def base_config(folder: Path, **more: Any) -> pretrain.Pretrain:
     return pretrain.Pretrain(**(values | more))
 
 
-def sft_config(folder: Path, **more: Any) -> sft.SFT:
+def sft_config(folder: Path, *, stage: Any = sft.SFT, **more: Any) -> Any:
     values: dict[str, Any] = {
-        "data": [folder / "chat.jsonl"],
+        "data": [folder / ("chat.jsonl" if stage in (sft.SFT, pat.PAT) else "pairs.jsonl")],
         "model": folder / "base",
         "batch_tokens": 1024,
         "length": 256,
@@ -82,7 +91,35 @@ def sft_config(folder: Path, **more: Any) -> sft.SFT:
         "dtype": "float32",
         "warmup": 2,
     }
-    return sft.SFT(**(values | more))
+    return stage(**(values | more))
+
+
+def reward_config(folder: Path, **more: Any) -> reward.Reward:
+    return sft_config(folder, stage=reward.Reward, **more)
+
+
+def dpo_config(folder: Path, **more: Any) -> dpo.DPO:
+    return sft_config(folder, stage=dpo.DPO, **more)
+
+
+def pat_config(folder: Path, **more: Any) -> pat.PAT:
+    return sft_config(folder, stage=pat.PAT, **({"reward": folder / "judge"} | more))
+
+
+def ppo_config(folder: Path, **more: Any) -> ppo.PPO:
+    values = {"reward": folder / "judge", "max_tokens": 8, "length": 64, "batch_tokens": 256}
+    return sft_config(folder, stage=ppo.PPO, **(values | more))
+
+
+# What each stage is here: how it is run, and its settings at a toy's size.
+STAGES: dict[str, tuple[Any, Any]] = {
+    "pretrain": (pretrain.main, base_config),
+    "sft": (sft.main, sft_config),
+    "reward": (reward.main, reward_config),
+    "dpo": (dpo.main, dpo_config),
+    "pat": (pat.main, pat_config),
+    "ppo": (ppo.main, ppo_config),
+}
 
 
 def figures(folder: Path) -> list[tuple[Any, ...]]:
@@ -106,19 +143,18 @@ def test_the_stages_leave_models_that_learnt(made: Path, tmp_path: Path) -> None
     assert (tmp_path / "sft" / "step-000012").is_dir()
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "sft"])
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_resumed_is_unbroken(
     stage: str, dtype: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prevents any state left out of the checkpoint: 8 steps and 4 + 4 give equal weights, optimizers and logs, bit for
     bit, across the end of an epoch and with validation in between."""
-    run: Any = {"pretrain": pretrain.main, "sft": sft.main}[stage]
-    make: Any = {"pretrain": base_config, "sft": sft_config}[stage]
-    valid = [made / ("text.jsonl" if stage == "pretrain" else "chat.jsonl")]
+    run, make = STAGES[stage]
     config = make(made, steps=8, dtype=dtype, out=tmp_path / "unbroken")
+    valid = {} if stage == "ppo" else {"valid": config.data}
     assert run(config) == 0
-    broken = dataclasses.replace(config, out=tmp_path / "broken", save_every=3, valid=valid)
+    broken = dataclasses.replace(config, out=tmp_path / "broken", save_every=3, **valid)
     with monkeypatch.context() as patch:
         original = loop.judge
 
@@ -136,13 +172,14 @@ def test_resumed_is_unbroken(
     assert figures(tmp_path / "broken") == figures(tmp_path / "unbroken")
     ends = [checkpoint.newest(tmp_path / name, print) for name in ("unbroken", "broken")]
     assert ends[0] and ends[1] and ends[0].name == ends[1].name == "step-000008"
-    for name in ("model.safetensors",):
-        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
+    for file in sorted(ends[0].rglob("model.safetensors")):  # PPO's critic has one of its own
+        assert file.read_bytes() == (ends[1] / file.relative_to(ends[0])).read_bytes()
     assert (tmp_path / "broken/model.safetensors").read_bytes() == (
         tmp_path / "unbroken/model.safetensors"
     ).read_bytes()
-    states = [checkpoint.load(end)[1]["optimizer"] for end in ends if end]
-    assert same(states[0], states[1])
+    states = [checkpoint.load(end)[1] for end in ends if end]
+    assert same(states[0]["optimizer"], states[1]["optimizer"])
+    assert same(states[0]["data"], {name: states[1]["data"][name] for name in states[0]["data"]})  # less held-out rows
     assert checkpoint.load(ends[0])[0]["loop"] == checkpoint.load(ends[1])[0]["loop"]
 
 
@@ -174,6 +211,47 @@ def test_resume_is_refused_when_the_run_is_another(made: Path, tmp_path: Path) -
     assert len(figures(out)) == 2
 
 
+def test_other_data_are_a_new_run_from_these_weights(made: Path, tmp_path: Path) -> None:
+    """Prevents --resume and "start from these weights on other data" from being one thing: --model takes the weights of
+    a checkpoint or of a finished run, and neither its optimizer, nor its place in the data, nor its folder."""
+    assert sft.main(sft_config(made, out=tmp_path / "first", steps=3)) == 0
+    (tmp_path / "other.jsonl").write_text(json.dumps(to_row(dialog(99), "moss")) + "\n")
+    other = sft_config(made, out=tmp_path / "first", steps=3, data=[tmp_path / "other.jsonl"])
+    with pytest.raises(ValueError, match="the data has changed since; choose another --out"):
+        sft.main(dataclasses.replace(other, resume=True))
+    for source in (tmp_path / "first" / "step-000003", tmp_path / "first"):
+        out = tmp_path / f"from-{source.name}"
+        assert sft.main(dataclasses.replace(other, model=source, out=out, steps=1, lr=1e-9, matrix_lr=1e-9)) == 0
+        step, *_, position = figures(out)[0]
+        assert (step, position) == (1, 4) and checkpoint.load(out / "step-000001")[0]["loop"]["updates"] == 1
+        before, after = load_model(source), load_model(out / "step-000001")
+        for mine, theirs in zip(before.parameters(), after.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs a small file system of its own")
+def test_a_full_disk_while_training(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Prevents a run of days from dying of a disk that is full for a while: the stage goes on, the earlier checkpoint
+    stands whole, and one that fits again is written. The end without room is an error that names the file."""
+    out = tmp_path / "run"
+    out.mkdir()
+    one = sum(file.stat().st_size for file in (made / "base/step-000006").rglob("*") if file.is_file())
+    size = 8 * one // 5  # room for a checkpoint and a half
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(out)], capture_output=True
+    ).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        with pytest.raises(OSError, match="no space for a checkpoint"):
+            pretrain.main(base_config(made, out=out, steps=4, save_every=1))
+        said = capsys.readouterr().err
+        assert "step 3: not saved, " in said and "the last checkpoint is step" in said
+        newest = checkpoint.newest(out, print)
+        assert newest and load_model(newest) and not list(out.glob(".step*"))
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
 def test_resume_passes_over_a_damaged_checkpoint(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Prevents the end of a run whose newest checkpoint a dying disk has damaged."""
     config = base_config(made, steps=6, out=tmp_path / "run", save_every=2)
@@ -202,19 +280,29 @@ def test_a_model_is_never_replaced(made: Path, tmp_path: Path) -> None:
         assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "precious"
 
 
+RESUMER = """
+import sys
+from pathlib import Path
+from tests.test_train_stages import STAGES
+stage, folder, out, steps = sys.argv[1:]
+run, make = STAGES[stage]
+sys.exit(run(make(Path(folder), out=Path(out), steps=int(steps), save_every=1, resume=True)))
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.repeated
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(made: Path, tmp_path: Path, repeats: int) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(stage: str, made: Path, tmp_path: Path, repeats: int) -> None:
     """Prevents work that a power cut takes back or changes: killed at random moments, saving included, then resumed,
     the run ends with the same weights as one that was left alone."""
-    steps = 20 * (repeats + 1)
-    config = sft_config(made, out=tmp_path / "unbroken", steps=steps)
-    assert sft.main(config) == 0
-    out, rng = tmp_path / "killed", random.Random(repeats)
-    words = [sys.executable, "-m", "moss", "train", "sft", "--model", str(made / "base"), "--out", str(out), "--resume"]
-    words += ["--data", str(made / "chat.jsonl"), "--steps", str(steps), "--batch-tokens", "1024", "--length", "256"]
-    words += ["--compile", "off", "--dtype", "float32", "--warmup", "2", "--save-every", "1"]
-    for _ in range(repeats):
+    kills = repeats if stage == "sft" else repeats // 5  # what saves is the same in all stages
+    steps = 20 * kills + 4
+    run, make = STAGES[stage]
+    assert run(make(made, out=tmp_path / "unbroken", steps=steps)) == 0
+    out, rng = tmp_path / "killed", random.Random(kills)
+    words = [sys.executable, "-c", RESUMER, stage, str(made), str(out), str(steps)]
+    for _ in range(kills):
         before = published(out)
         with subprocess.Popen(words, cwd=ROOT, stderr=subprocess.DEVNULL) as child:
             until = time.monotonic() + 120

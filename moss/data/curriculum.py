@@ -6,6 +6,7 @@ those. Item i follows from (seed, i) alone.
 
     moss data curriculum --kind dialogs --n 1000 --seed 1 -o dialogs.jsonl
     moss data curriculum --kind questions --n 500 --lang zh --split held_out -o questions.jsonl
+    moss data curriculum --kind preferences --n 2000 -o pairs.jsonl         # replies of stated quality (preferences.py)
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Literal
 
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog
 from moss.config import option
-from moss.data import talk, tool_turns
+from moss.data import pairs, preferences, talk, tool_turns
 from moss.data.dialogs import to_moss
 from moss.data.family import Draft, Item, held_out, reserved
 from moss.data.text import documents
@@ -170,14 +171,16 @@ def to_json(item: Item) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Curriculum:
-    """Write the scripted teacher's material as JSON lines: conversations, plain text or evaluation questions."""
+    """Write the scripted teacher's material as JSON lines: conversations, plain text, questions or preferences."""
 
-    kind: Literal["dialogs", "text", "questions"] = "dialogs"  # what to write
+    kind: Literal["dialogs", "text", "questions", "preferences", "replies"] = (
+        "dialogs"  # what to write; preferences = prompts with six replies and their pairs, replies = each as a dialog
+    )
     n: int = 1000  # how many rows; of questions, per kind of conversation
     seed: int = 0  # the same seed gives the same rows
     output: Path | None = option(None, short="-o")  # file to write; standard output without it
     lang: Literal["en", "zh", "both"] = "both"  # language of questions
-    split: Split = "known"  # of questions: new values in trained families, or families never trained on
+    split: Split = "known"  # held_out: phrasings never trained on; known: of questions new values, of the rest training
 
 
 def rows(config: Curriculum) -> Iterator[dict[str, Any]]:
@@ -186,6 +189,11 @@ def rows(config: Curriculum) -> Iterator[dict[str, Any]]:
         yield from map(to_json, islice(dialogs(config.seed), config.n))
     elif config.kind == "text":
         yield from ({"text": document} for document in islice(text(config.seed), config.n))
+    elif config.kind == "preferences":
+        found = islice(preferences.prompts(config.seed, config.split), config.n)
+        yield from (pairs.to_json(preference, "scripted") for preference in found)
+    elif config.kind == "replies":
+        yield from map(to_moss, islice(preferences.conversations(config.seed, config.split), config.n))
     else:
         for lang in LANGS if config.lang == "both" else (config.lang,):
             for kind in TOOL_KINDS:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moss.engine.kernels import GROUP, INT4, INT8, MAX_TOKENS, SLACK, Linear, library
+from moss.engine.kernels import GROUP, INT4, INT8, KINDS, MAX_TOKENS, SLACK, Linear, library
 from moss.log import note
 from moss.model import Decoder
 from moss.weights import open_model
@@ -103,6 +103,15 @@ def unpack(codes: Tensor, scale: Tensor, offset: Tensor | None, dtype: torch.dty
     return (levels * scale.float()[..., None, None] + offset.float()[..., None, None]).flatten(1).to(dtype)
 
 
+def dequantize(codes: Tensor, scale: Tensor, offset: Tensor | None, cols: int, dtype: torch.dtype) -> Tensor:
+    """The weight (rows, cols) that was packed, as floats: by the kernels where they can."""
+    kernels = library() if codes.device.type == "cpu" and dtype in KINDS else None
+    if kernels is None:
+        return unpack(codes, scale, offset, dtype)[:, :cols]
+    pointers = (None if part is None else part.data_ptr() for part in (codes, scale, offset, None))
+    return kernels.unpack(Linear(*pointers, len(codes), cols, INT8 if offset is None else INT4), 0, len(codes), dtype)
+
+
 def product(x: Tensor, codes: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:
     """x (n, padded columns) times the weight of `codes` -> (n, rows) float32; compiled, it reads the integers alone."""
     return (unpack(codes, scale, offset) * x[:, None]).sum(-1)
@@ -159,10 +168,7 @@ class QuantLinear(nn.Module):
     def dequantize(self, first: int = 0, count: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
         """Rows first to first + count as floats (count, in): the weight that this layer stands for."""
         count = self.out_features - first if count is None else count
-        kernels = library() if self.codes.device.type == "cpu" else None
-        if kernels is not None and dtype in (torch.float32, torch.bfloat16):
-            return kernels.unpack(self.describe(), first, count, dtype)
-        return unpack(*self.rows(first, count), dtype)[:, : self.in_features]
+        return dequantize(*self.rows(first, count), self.in_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from moss.engine.cache import Window
 from moss.engine.kernels import KINDS, MAX_TOKENS, Batch, Layer, Library, Linear, Model, Norm, describe, library
 from moss.engine.quant import QuantLinear
-from moss.model import Decoder
+from moss.model import Decoder, RMSNorm
 
 
 class Runner(Protocol):
@@ -46,7 +46,8 @@ def _has_kernel(module: nn.Module) -> bool:
         return module.codes.device.type == "cpu"
     if isinstance(module, nn.Linear | nn.Embedding):
         return module.weight.device.type == "cpu" and module.weight.dtype in KINDS and module.weight.is_contiguous()
-    return True
+    # An adapter's weights, say, belong to no kernel.
+    return isinstance(module, RMSNorm | nn.LayerNorm) or not any(True for _ in module.parameters(recurse=False))
 
 
 class Step:

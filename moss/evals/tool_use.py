@@ -40,7 +40,7 @@ from moss.evals import tool_cases
 from moss.evals.tool_cases import GSM8K, HAND, HAND_WRITTEN, LANGS, RELEASED, SCRIPTED, Case
 from moss.files import replacing
 from moss.log import bar, note
-from moss.resolve import Device, Dtype, load, locate
+from moss.resolve import Device, Dtype, load, locate, quality
 from moss.tokenizer import Tokenizer
 from moss.tools.base import Call, Tool, parse_commands, standard_tools
 from moss.tools.run import Command, Done, Error, Options, ToolDone, answer
@@ -288,10 +288,12 @@ def counted(tools: Mapping[str, Tool], seen: Seen, places: threading.Semaphore) 
     return {key: replace(tool, function=note_and_run(tool)) for key, tool in tools.items()}
 
 
-def ask(case: Case, engine: Engine, tok: Tokenizer, places: threading.Semaphore, max_tokens: int) -> Seen:
-    """Put one case through the turn loop, greedy."""
+def ask(
+    case: Case, engine: Engine, tok: Tokenizer, places: threading.Semaphore, max_tokens: int, tag: int | None = None
+) -> Seen:
+    """Put one case through the turn loop, greedy; `tag` is the quality that is asked for."""
     seen = Seen(Turn(case.question))
-    options = Options(Sampling(temperature=0, max_tokens=max_tokens), grammar=False)  # the model as it is
+    options = Options(Sampling(temperature=0, max_tokens=max_tokens), quality=tag, grammar=False)  # the model as it is
     for event in answer(case.dialog, engine, tok, counted(standard_tools(), seen, places), options):
         if isinstance(event, ToolDone) and not event.ok:
             seen.errors.append(event.error)
@@ -306,11 +308,11 @@ def ask(case: Case, engine: Engine, tok: Tokenizer, places: threading.Semaphore,
 
 def ask_all(cases: Sequence[Case], engine: Engine, tok: Tokenizer, config: EvalTools) -> list[Seen]:
     """Ask all cases, `batch` at a time; the engine is closed afterwards."""
-    places = threading.Semaphore(TOOLS_AT_ONCE)
+    places, tag = threading.Semaphore(TOOLS_AT_ONCE), quality(config.model)
     results: list[Seen] = []
     with ThreadPoolExecutor(config.batch) as pool, bar("questions", 0, len(cases)) as shown:
         try:
-            for seen in pool.map(lambda case: ask(case, engine, tok, places, config.max_tokens), cases):
+            for seen in pool.map(lambda case: ask(case, engine, tok, places, config.max_tokens, tag), cases):
                 results.append(seen)
                 shown.show(len(results), case_words(cases[len(results) - 1]))
         finally:  # on Ctrl-C what waits must not be asked, and what is under way ends at once

@@ -16,7 +16,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
-from moss import checkpoint
+from moss import checkpoint, dist
 from moss.config import option, to_json
 from moss.data.curriculum import Curriculum, write
 from moss.errors import UsageError
@@ -37,7 +37,7 @@ from moss.model import Decoder, Head
 from moss.optim import Optimizers, make_optimizer, rate
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer, add_markers
-from moss.train import loop
+from moss.train import loop, lora, peft, report
 from moss.weights import load_model
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed (compile and
@@ -120,6 +120,10 @@ def check(config: Run) -> None:
         if not 0 <= value < math.inf or (value == 0 and name in positive):
             least = "above 0" if name in positive else "0 or more"
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {least}")
+    if config.lora:
+        lora.parse(config.lora)
+    if config.report:
+        report.check_can_draw()
     if config.seed >= 2**63:
         raise UsageError(f"--seed is {config.seed}; it must be below 2 to the power of 63")
     step, row = config.batch_tokens, config.length
@@ -135,17 +139,21 @@ def check(config: Run) -> None:
 @contextmanager
 def opened(config: Run) -> Iterator[tuple[Path | None, loop.Stop]]:
     """Hold the run's folder; give the checkpoint to go on from (None: start anew) and the ear for signals."""
-    with loop.Stop() as stop, checkpoint.lock(config.out):
-        start = checkpoint.newest(config.out, note) if config.resume else None
-        if not config.resume and checkpoint.steps(config.out):
-            raise ValueError(f"{config.out} already holds a run; --resume goes on with it, or choose another --out")
-        if not start and (held := [name for name in MODEL_FILES if (config.out / name).exists()]):
-            raise ValueError(
-                f"{config.out} holds a model ({held[0]}) that training would replace; choose another --out"
-            )
-        if config.resume:
-            note(f"going on from {start}" if start else f"{config.out} holds no checkpoint yet: starting anew")
-        yield start, stop
+    with loop.Stop() as stop, dist.started(pick_device(config.device)), ExitStack() as held:
+        dist.first(lambda: held.enter_context(checkpoint.lock(config.out)))
+        yield dist.first(partial(beginning, config)), stop
+
+
+def beginning(config: Run) -> Path | None:
+    """The checkpoint to go on from, None to start anew; refused where that would replace something."""
+    start = checkpoint.newest(config.out, note) if config.resume else None
+    if not config.resume and checkpoint.steps(config.out):
+        raise ValueError(f"{config.out} already holds a run; --resume goes on with it, or choose another --out")
+    if not start and (held := [name for name in MODEL_FILES if (config.out / name).exists()]):
+        raise ValueError(f"{config.out} holds a model ({held[0]}) that training would replace; choose another --out")
+    if config.resume:
+        note(f"going on from {start}" if start else f"{config.out} holds no checkpoint yet: starting anew")
+    return start
 
 
 def material(config: Run, kind: str, n: int, **draw: Any) -> list[Path]:
@@ -154,28 +162,62 @@ def material(config: Run, kind: str, n: int, **draw: Any) -> list[Path]:
     It is written once: a resumed run reads the file that it began with.
     """
     path = config.out / "material" / f"{'-'.join([kind, *map(str, draw.values())])}-{n}-{config.seed}.jsonl"
-    if not path.exists():
-        note(f"no --data: {n:,} rows of the scripted teacher's material ({kind}) go into {path}")
-        write(Curriculum(kind=kind, n=n, seed=config.seed, output=path, **draw))  # type: ignore[arg-type]
+
+    def make() -> None:
+        if not path.exists():
+            note(f"no --data: {n:,} rows of the scripted teacher's material ({kind}) go into {path}")
+            write(Curriculum(kind=kind, n=n, seed=config.seed, output=path, **draw))  # type: ignore[arg-type]
+
+    dist.first(make)
     return [path]
 
 
 def load(
-    config: Run, start: Path | None, model: Path | None, *, head: Head | None = None, chat: bool = True
+    config: Run,
+    start: Path | None,
+    model: Path | None,
+    *,
+    head: Head | None = None,
+    chat: bool = True,
+    extended: Tokenizer | None = None,
 ) -> tuple[Tokenizer, Decoder]:
     """Tokenizer and model that a stage goes on with: of the checkpoint `start`, else of `model` (None: the bundled).
 
-    `chat`: a base that lacks the format's markers gets them as new ids, each row the mean of its text's pieces.
+    `chat`: a base that lacks the format's markers gets them as new ids, each row the mean of its text's pieces; in the
+    same way a base grows into a tokenizer that was `extended` from its own.
     """
-    source = start or locate(model)
-    tokenizer = Tokenizer.load(source)
-    decoder = load_model(source, head=head)
+    base = locate(model)
+    source = base if config.lora else start or base  # under LoRA a checkpoint is the adapter alone
+    tokenizer = old = Tokenizer.load(source)
+    decoder = load_frozen(config, source, head) if config.lora else load_model(source, head=head)
     check_fit(tokenizer, decoder, config.length, source)
+    if extended and extended.sha256 != old.sha256:
+        tokenizer = extended
+        decoder = grow(decoder, old, tokenizer)
+        note(f"ids {old.vocab_size:,} to {tokenizer.vocab_size - 1:,} are new; each begins as the mean of its pieces")
     if chat and not tokenizer.has_markers:
-        old, tokenizer = tokenizer, add_markers(tokenizer)
+        tokenizer = add_markers(old)
         decoder = grow(decoder, old, tokenizer)
         note(f"{source} knows no chat: the ten markers became ids {old.vocab_size} to {tokenizer.vocab_size - 1}")
+    if config.lora:
+        adapt(config, decoder, start, base, range(old.vocab_size, tokenizer.vocab_size))
     return tokenizer, decoder
+
+
+def load_frozen(config: Run, base: Path, head: Head | None = None) -> Decoder:
+    """The base of `--lora`, in the dtype that computes or as integers, where it computes."""
+    device = torch.device(pick_device(config.device))
+    dtype = pick_dtype(config.dtype, device)
+    return lora.load_base(base, lora.parse(config.lora), dtype=dtype, device=device, head=head)
+
+
+def adapt(config: Run, decoder: Decoder, adapter: Path | None, base: Path, rows: range = range(0)) -> None:
+    """Put adapters into a frozen base: those in the folder `adapter`, else fresh ones; `rows` are learnt with them."""
+    spec = lora.parse(config.lora)
+    if adapter:
+        peft.load(decoder, adapter, base, width=spec.base)
+    else:
+        lora.inject(decoder, spec, seed=config.seed, rows=rows)
 
 
 def check_fit(tokenizer: Tokenizer, model: Decoder, length: int, folder: Path | None = None) -> None:
@@ -205,40 +247,52 @@ def train(
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
     freeze: Callable[[int, int], None] | None = None,
     extra: dict[str, Any] | None = None,
+    checkpointing: bool = False,
 ) -> int:
     """Run the stage from `start` to its end, and leave the finished model in `config.out`.
 
     model: a `Decoder`, or a module of several with `parts() -> {"": main, "critic": …}`. `validate(net)` gives named
-    figures of the model, `freeze(step, steps)` says before each step what is trainable, `extra` goes into `moss.json`.
+    figures of the model, `freeze(step, steps)` takes the gradients of what is not to learn yet, `extra` goes into
+    `moss.json`.
+    Over several ranks all of these are called on all of them together; `validate` gives the same figures on each.
+    `checkpointing` keeps no activations within blocks (`dist.recompute`).
     """
     device = torch.device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
-    model.to(device, torch.float32)
-    optimizer = optimizer_of(config, model)
-    rows = config.batch_tokens // config.length
-    micro = (config.micro_tokens or config.batch_tokens) // config.length
+    rows, own, micro = shares(config)
+    adapted = bool(lora.adapters(model))
+    net = place(model, device, dtype)
+    optimizer = optimizer_of(config, model)  # before anything computes: from then on some weights may stand gathered
+    if hasattr(data, "use"):
+        data.use(net)  # type: ignore[attr-defined]
     steps = config.steps or math.ceil(getattr(config, "epochs", 1.0) * len(data) / rows)
     info = describe(stage, config, dtype, model, tokenizer, data) | (extra or {})
     state = restore(start, info, optimizer, data) if start else loop.State()
     size = sum(parameter.numel() for parameter in model.parameters())
+    where = str(device) if dist.world() == 1 else f"{dist.world()} processes ({device.type})"
     note(
-        f"{stage}: {size / 1e6:.1f}M parameters in {info['run']['dtype']} on {device}, {steps} steps of {rows} rows; "
+        f"{stage}: {size / 1e6:.1f}M parameters in {info['run']['dtype']} on {where}, {steps} steps of {rows} rows; "
         f"an epoch has {len(data)} rows, {data.fill:.0%} full"
     )
-    net = loop.computing_copy(model, dtype)
 
     def batches(position: int) -> tuple[list[loop.Micro], int]:
-        return [to_device(data.batch(position + at, micro), device) for at in range(0, rows, micro)], position + rows
+        begin = position + dist.rank() * own
+        return [to_device(data.batch(begin + at, micro), device) for at in range(0, own, micro)], position + rows
 
     def save(now: loop.State) -> None:
-        held = {"optimizer": optimizer.state_dict(), "rng": {"cpu": torch.get_rng_state()}, "data": state_of(data)}
+        rng = {"cpu": torch.stack(dist.gathered(torch.get_rng_state()))}  # (ranks, its size)
+        held = {"optimizer": optimizer.state_dict(), "rng": rng, "data": state_of(data)}
         told = info | {"loop": now.to_json()}
-        checkpoint.save(config.out, now.step, parts=parts_of(model), tokenizer=tokenizer, state=held, info=told)
+        keep = partial(keep_adapter, config) if adapted else None
+        parts = parts_of(model)
+        checkpoint.save(config.out, now.step, parts=parts, tokenizer=tokenizer, state=held, info=told, adapter=keep)
 
     pays = 6.0 * size * config.batch_tokens * steps > COMPILE_PAYS.get(device.type, math.inf)
     if state.step < steps and (config.compile == "on" or (config.compile == "auto" and pays)):
         compile_hidden(net, batches(state.position)[0][0], loss_fn, must=config.compile == "on")
-    log = RunLog(config.out / "log.jsonl", state.step)
+    if checkpointing:
+        dist.recompute(net)
+    log = RunLog(config.out / "log.jsonl", state.step) if dist.rank() == 0 else None
     hooks = loop.Hooks(
         save=save,
         save_every=config.save_every,
@@ -251,7 +305,7 @@ def train(
     )
     warmup = min(round(config.warmup if config.warmup >= 1 else config.warmup * steps), steps)
     stop.training()
-    with log:
+    with log or nullcontext():
         schedule = partial(rate, config.schedule, total=steps, warmup=warmup)
         state = loop.run(model, batches, loss_fn, optimizer, schedule, steps=steps, state=state, net=net, hooks=hooks)
     if state.step < steps and not state.ended:
@@ -259,9 +313,40 @@ def train(
         return 0 if stop.asked == "SIGTERM" else 128 + signal.Signals[stop.asked]
     if state.ended:
         note(f"ended at step {state.step} of {steps}: {state.ended}")
-    checkpoint.export(config.out, model=parts_of(model)[""], tokenizer=tokenizer, info=info | {"loop": state.to_json()})
-    print(config.out)
+    finish(config, parts_of(model)[""], tokenizer, info | {"loop": state.to_json()})
+    if dist.rank() == 0:
+        if config.report:
+            note(f"drawn: {report.draw(config.out, stage)}")
+        print(config.out)
     return 0
+
+
+def shares(config: Run) -> tuple[int, int, int]:
+    """Rows of a step, of these each rank's, and of these a micro-batch's."""
+    rows, many = config.batch_tokens // config.length, dist.world()
+    own = rows // many
+    micro = min(config.micro_tokens // config.length or own, own)
+    if rows % many or own % micro:
+        raise UsageError(
+            f"--batch-tokens {config.batch_tokens}: {rows} rows do not go evenly to {many} processes"
+            + (f" in micro-batches of {micro}" if config.micro_tokens else "")
+        )
+    return rows, own, micro
+
+
+def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model in float32 where it trains, sharded over the ranks if there are several; what computes with it."""
+    if dist.world() > 1 and lora.adapters(model):
+        raise UsageError("--lora runs on one process; leave torchrun out, or --lora")
+    if lora.adapters(model):  # the base stays as it is, adapters are float32
+        model.to(device)
+    else:
+        model.to(device if dist.world() == 1 else None, torch.float32)
+    if dist.world() == 1:
+        return loop.computing_copy(model, dtype)
+    for decoder in parts_of(model).values():
+        dist.shard(decoder, dtype)
+    return model
 
 
 def parts_of(model: nn.Module) -> dict[str, Decoder]:
@@ -269,9 +354,22 @@ def parts_of(model: nn.Module) -> dict[str, Decoder]:
     return {"": model} if isinstance(model, Decoder) else model.parts()  # type: ignore[operator]
 
 
+def keep_adapter(config: Run, model: Decoder, folder: Path) -> None:
+    """The adapter of `model` into a folder, with where its base is."""
+    peft.save(model, folder, lora.parse(config.lora), locate(getattr(config, "model", None)))
+
+
+def finish(config: Run, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+    """The finished model into the run's folder; of one with adapters these too, in `adapter`, and both merged."""
+    if lora.adapters(model):
+        keep_adapter(config, model, config.out / "adapter")
+        lora.merge(model)
+    checkpoint.export(config.out, model=model, tokenizer=tokenizer, info=info)
+
+
 def optimizer_of(config: Run, model: nn.Module) -> Optimizers:
-    """Muon and AdamW, or AdamW alone, at the rates of the settings."""
-    matrix_lr = getattr(config, "matrix_lr", 0.0)
+    """Muon and AdamW, or AdamW alone, at the rates of the settings; adapters are no matrices for Muon."""
+    matrix_lr = 0.0 if lora.adapters(model) else getattr(config, "matrix_lr", 0.0)
     decay = getattr(config, "weight_decay", 0.0)
     return make_optimizer(model, lr=config.lr, matrix_lr=matrix_lr or None, weight_decay=decay, muon=matrix_lr > 0)
 
@@ -307,7 +405,8 @@ def restore(start: Path, info: dict[str, Any], optimizer: Optimizers, data: Data
             raise ValueError(f"{start} was made with --{flag} {was}, now it is {value}; use the same, or another --out")
     state = loop.State.from_json(then["loop"])
     optimizer.load_state_dict(saved["optimizer"])
-    torch.set_rng_state(saved["rng"]["cpu"])
+    states = saved["rng"]["cpu"].reshape(-1, len(torch.get_rng_state()))  # one for each rank that there was
+    torch.set_rng_state(states[dist.rank() % len(states)].clone())  # nothing in training draws from it: any will do
     if hasattr(data, "load_state_dict"):
         data.load_state_dict(saved["data"])  # type: ignore[attr-defined]
     return state
@@ -317,21 +416,24 @@ def mean_loss(
     data: Data, loss_fn: loop.LossFn, config: Run, name: str = "loss"
 ) -> Callable[[nn.Module], dict[str, float]]:
     """A validation: the mean loss, and the mean of each of its figures, over all of `data`, each row once."""
-    rows = (config.micro_tokens or config.batch_tokens) // config.length
 
     def validate(net: nn.Module) -> dict[str, float]:
-        device = next(net.parameters()).device
+        device, rows = next(net.parameters()).device, shares(config)[2]
         sums, count = dict[str, float](), 0
+        begins = range(0, len(data), rows)
         with (
             torch.no_grad(),
             torch.compiler.set_stance("force_eager"),
         ):  # compiling anew would not pay
-            for position in range(0, len(data), rows):
-                loss = loss_fn(net, to_device(data.batch(position, min(rows, len(data) - position)), device))
-                count += loss.count
+            for turn in range(0, len(begins), dist.world()):
+                own = turn + dist.rank() < len(begins)  # else computed for company: weights are gathered by all
+                begin = begins[turn + dist.rank()] if own else 0
+                loss = loss_fn(net, to_device(data.batch(begin, min(rows, len(data) - begin)), device))
+                count += own * loss.count
                 for key, value in {name: loss.total, **loss.figures}.items():
-                    sums[key] = sums.get(key, 0.0) + float(value)
-        return {key: value / max(count, 1) for key, value in sums.items()}
+                    sums[key] = sums.get(key, 0.0) + own * float(value)
+        total, *values = dist.sums([count, *sums.values()])
+        return {key: value / max(total, 1) for key, value in zip(sums, values, strict=True)}
 
     return validate
 
@@ -342,9 +444,11 @@ def to_device(batch: dict[str, Any], device: torch.device) -> loop.Micro:
 
 
 def pick_device(wanted: str) -> str:
-    """The device, checked to be there."""
+    """The device, checked to be there; over several ranks each has the GPU of its own number."""
     if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and dist.world() > 1:
+        wanted = f"cuda:{dist.local_rank()}"
     try:
         torch.empty(0, device=wanted)
     except (RuntimeError, AssertionError) as error:
@@ -366,20 +470,24 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
 def compile_hidden(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, must: bool) -> None:
     """Compile `hidden` of every decoder in `net`, proved on one batch; without a working compiler go on uncompiled.
 
+    Over several ranks it is each block, and a compiler that does not work is an error, since it may on other ranks.
     The head stays out: how many tokens are learnt differs from step to step, and each new shape would compile anew.
     """
     began = time.perf_counter()
     decoders = [module for module in net.modules() if isinstance(module, Decoder)]
-    for decoder in decoders:
-        decoder.hidden = torch.compile(decoder.hidden, dynamic=False)  # type: ignore[method-assign]
+    targets: list[tuple[nn.Module, str]] = [(decoder, "hidden") for decoder in decoders]
+    if dist.world() > 1:  # between blocks weights are gathered, which is no matter for a compiler
+        targets = [(block, "forward") for decoder in decoders for block in decoder.blocks]
+    for module, name in targets:
+        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
     try:
         loss_fn(net, batch).total.backward()
         note(f"compiled in {span(time.perf_counter() - began)}")
     except (TorchDynamoException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        if must:
+        if must or dist.world() > 1:
             raise ValueError(f"--compile on: torch.compile does not work here ({reason}); use --compile off") from None
         note(f"torch.compile does not work here ({reason}): going on without it, slower")
-        for decoder in decoders:
-            del decoder.hidden  # the instance's; the class's own stands again
+        for module, name in targets:
+            delattr(module, name)  # the instance's; the class's own stands again
     net.zero_grad(set_to_none=True)

@@ -9,7 +9,9 @@ step.
 
 `net` is what computes. It is the model itself in float32; in bfloat16 it is a copy (`computing_copy`) whose weights
 are refreshed from the model's after every update and whose gradients are added up in the model's float32, so that
-every rounding is where this file puts it. Nothing here draws a random number.
+every rounding is where this file puts it. Over several processes it is the model itself, sharded (`moss/dist.py`):
+each rank computes its own rows of a step, and loss, count, gradient, norm and every decision are those of all rows.
+Nothing here draws a random number.
 
 A step whose loss or gradient is not finite changes nothing but the counters, and the third in a row ends the run; a
 gradient far above its running mean is passed over too, up to twice in a row, in case the landscape has truly changed.
@@ -24,12 +26,14 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moss import dist
 from moss.log import RunLog, bar, note
 from moss.optim import Optimizers
 
@@ -102,7 +106,8 @@ class Stop:
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGINT and (self.asked or not self._training):
+        # A second Ctrl-C ends at once; `torchrun` sends every rank a second one by itself.
+        if number == signal.SIGINT and ((self.asked and dist.world() == 1) or not self._training):
             raise KeyboardInterrupt
         if not self._training:
             raise SystemExit(128 + number)  # nothing has been trained that could be lost
@@ -120,7 +125,7 @@ class Hooks:
     log: RunLog | None = None  # one line a step
     stop: Stop | None = None  # asks for an early end
     enough: Callable[[], str] | None = None  # asked after each step: why training should end here, or ""
-    freeze: Callable[[int, int], None] | None = None  # (step, steps): what is trainable in the step to come
+    freeze: Callable[[int, int], None] | None = None  # (step, steps): takes the gradients of what is not to learn now
     title: str = "training"  # of the progress bar
 
 
@@ -139,17 +144,17 @@ def run(
 ) -> State:
     """Train from `state` up to `steps`, or until asked to stop; the last state is saved either way.
 
-    `schedule(step)` is the factor on every group's learning rate. Raises ValueError when the loss stays non-finite.
+    `schedule(step)` is the factor on every group's learning rate. Over several ranks `batches` gives each its own rows,
+    as many micro-batches to one as to another. Raises ValueError when the loss stays non-finite.
     """
     net = model if net is None else net
     saved = state.step
     with bar(hooks.title, state.step, steps) as shown:
-        while state.step < steps and not state.ended and not (hooks.stop and hooks.stop.asked):
+        while state.step < steps and not state.ended and not asked(hooks.stop):
             began = time.perf_counter()
-            if hooks.freeze:
-                hooks.freeze(state.step, steps)
             micro, state.position = batches(state.position)
-            loss, norm, learnt, figures = gradients(model, net, loss_fn, micro)
+            freeze = partial(hooks.freeze, state.step, steps) if hooks.freeze else None
+            loss, norm, learnt, figures = gradients(model, net, loss_fn, micro, freeze)
             factor = schedule(state.step)
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -158,7 +163,7 @@ def run(
             if not why_not:
                 update(model, net, optimizer, norm, clip)
             optimizer.zero_grad(set_to_none=True)
-            tokens = sum(int((batch["segments"] > 0).sum()) for batch in micro)
+            tokens = round(dist.sums([sum(int((batch["segments"] > 0).sum()) for batch in micro)])[0])
             state.tokens, state.learnt = state.tokens + tokens, state.learnt + learnt
             seconds = time.perf_counter() - began
             record = {
@@ -184,7 +189,7 @@ def run(
                     "the last checkpoint stands: lower the learning rate or look at the data there"
                 )
             shown.show(state.step, f"loss {loss:.3f}, {tokens / seconds:,.0f} tokens/s")
-            state.ended = hooks.enough() if hooks.enough else ""
+            state.ended = dist.first(hooks.enough) if hooks.enough else ""
             last = state.step == steps or bool(state.ended)
             now = bool(hooks.save_every) and state.step % hooks.save_every == 0
             if hooks.validate and (last or now):
@@ -196,26 +201,46 @@ def run(
     return state
 
 
+def asked(stop: Stop | None) -> str:
+    """The signal that asked any rank for an end, or ""; all ranks hear of it before the same step."""
+    own = signal.Signals[stop.asked] if stop and stop.asked else 0
+    number = dist.highest(own)
+    if stop and number:
+        stop.asked = signal.Signals(number).name
+    return signal.Signals(number).name if number else ""
+
+
 def gradients(
-    model: nn.Module, net: nn.Module, loss_fn: LossFn, micro: Sequence[Micro]
+    model: nn.Module,
+    net: nn.Module,
+    loss_fn: LossFn,
+    micro: Sequence[Micro],
+    freeze: Callable[[], None] | None = None,
 ) -> tuple[float, float, int, dict[str, float]]:
-    """(mean loss, gradient norm, count, mean figures) of one step; the mean's gradient is left in `.grad`."""
+    """(mean loss, gradient norm, count, mean figures) of one step; the mean's gradient is left in `.grad`, but for what
+    `freeze` takes away.
+
+    All of them are over all ranks; a loss function names the same figures for every batch.
+    """
     total, count, figures = 0.0, 0, dict[str, float]()
     for batch in micro:
         loss = loss_fn(net, batch)
-        if loss.count:
+        if loss.count or dist.world() > 1:  # where weights are gathered, all ranks go through them together
             loss.total.backward()
             collect(model, net)
         total, count = total + float(loss.total.detach()), count + loss.count
         for name, value in loss.figures.items():
             figures[name] = figures.get(name, 0.0) + float(value)
+    whole = dist.sums([total, count, *figures.values()])
+    total, count, figures = whole[0], round(whole[1]), dict(zip(figures, whole[2:], strict=True))
     if not count:
         raise ValueError("a step has nothing to learn: every mask value is 0")
+    if freeze:
+        freeze()
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     for grad in grads:
         grad /= count
-    norm = float(torch.nn.utils.get_total_norm(grads))
-    return total / count, norm, count, {name: value / count for name, value in figures.items()}
+    return total / count, dist.norm(grads), count, {name: value / count for name, value in figures.items()}
 
 
 def judge(state: State, loss: float, norm: float) -> str:
@@ -246,14 +271,16 @@ def update(model: nn.Module, net: nn.Module, optimizer: Optimizers, norm: float,
 def computing_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model itself where `dtype` is its own, else a copy in `dtype` to compute with.
 
-    Frozen parameters (the base under LoRA) are rounded to `dtype` in place and shared: nothing is ever added to them.
+    Frozen parameters (the base under LoRA) are rounded to `dtype` in place and shared, as buffers are (a base of
+    integers): nothing is ever added to them.
     """
     if all(parameter.dtype == dtype for parameter in model.parameters()):
         return model
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     for parameter in frozen:
         parameter.data = parameter.data.to(dtype)
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in frozen}).to(dtype)
+    shared = [*frozen, *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).to(dtype)
 
 
 @torch.no_grad()
