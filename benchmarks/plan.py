@@ -1,25 +1,24 @@
-"""Whether `--plan` tells the truth: planned memory and time beside what processes really took.
+"""Whether `--plan` tells the truth: planned memory and time beside what runs really took.
 
-Each case is a process of its own that first trains a model of a few weights with the same settings (so that libraries,
-threads and the compiler are there), takes its memory as the baseline, forgets its peak, and trains the case itself
-for some steps; what its peak (VmHWM) is above the baseline is compared with the plan. The time planned from five steps
-is compared with that of as many steps after them; it means something on a quiet machine only.
+Each case is three plans and one run. The formulae say what tensors need; an estimate of the allocator's holes makes
+that a plan before anything runs; `--plan` itself runs six steps of the real loop in a process of its own and says what
+these took. The run is another process with twice as many steps. A process first trains a model of a few weights with
+the same settings, so that libraries, threads and the compiler are there; memory is the peak of what is resident
+(VmHWM) above that. Time means something on a quiet machine only.
 
-    python -m benchmarks.plan [--cases nano,moss] [--no-compile]      # writes benchmarks/results/plan.json
+    python -m benchmarks.plan [--cases "nano;moss"] [--no-compile]      # writes benchmarks/results/plan.json
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +29,8 @@ from moss.optim import make_optimizer
 from moss.train import loop
 from moss.train.launch import compile_hidden
 from moss.train.loss import next_token
-from moss.train.plan import Job, Net, plan, timed
+from moss.train.memory import Job, Net
+from moss.train.plan import FIXED, Watch, plan, timed
 
 # Name: (config, rows of a micro-batch, their length, micro-batches of a step). Small and large vocabularies, models
 # whose weights weigh most and models whose activations do, rows that blockwise attention takes and rows it does not.
@@ -45,8 +45,7 @@ CASES: dict[str, tuple[ModelConfig, int, int, int]] = {
     "wide, few tokens": (ModelConfig(4000, 4, 1024, 16), 1, 256, 1),
     "long rows": (ModelConfig(4000, 4, 256, 4), 2, 2048, 1),
 }
-STEPS = 4  # of a case whose memory is measured
-TIMED = 5  # steps that a plan times, and after which as many are measured
+STEPS = 12  # of a run; a plan has 6
 
 
 def batch(model: ModelConfig, rows: int, length: int) -> loop.Micro:
@@ -71,8 +70,8 @@ def job_of(case: dict[str, Any]) -> Job:
     )
 
 
-def train(case: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Train a case with the real loop; seconds planned from the first steps and taken by those after, if so many."""
+def prepared(case: dict[str, Any]) -> Callable[[], None]:
+    """A step of the real loop on a new model."""
     config = ModelConfig.from_json(case["model"])
     model = Decoder(config)
     optimizer = make_optimizer(model, lr=1e-3, weight_decay=0.0, muon=True)
@@ -86,67 +85,61 @@ def train(case: dict[str, Any], steps: int) -> dict[str, Any]:
         more = {"steps": state.step + 1, "state": state, "net": net}
         loop.run(model, lambda position: (micro, position + 1), next_token, optimizer, lambda step: 1.0, **more)
 
-    if steps <= TIMED:
-        for _ in range(steps):
-            step()
-        return {}
-    planned = timed(step, TIMED)
-    began = time.perf_counter()
-    for _ in range(TIMED):
-        step()
-    return {"planned_s": planned.step * TIMED, "taken_s": time.perf_counter() - began}
-
-
-def kilobytes(key: str) -> int:
-    """A figure of this process from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return int(next(line for line in lines if line.startswith(key)).split()[1])
+    return step
 
 
 def child(case: dict[str, Any]) -> dict[str, Any]:
-    """What one process measures."""
-    if case["timed"]:
-        return train(case, 2 * TIMED)
-    config = ModelConfig.from_json(case["model"])
+    """What one process measures: of a plan, or of a run."""
     small = {"vocab_size": 64, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1, "hidden": 16}
-    tiny = replace(config, **small, head_dim=16, ffn=16, rotary_dim=16)
-    train(case | {"model": tiny.to_json(), "rows": 1, "length": 16, "accumulate": 1}, 2)
+    tiny = replace(ModelConfig.from_json(case["model"]), **small, head_dim=16, ffn=16, rotary_dim=16)
+    timed(prepared(case | {"model": tiny.to_json(), "rows": 1, "length": 16, "accumulate": 1}), 1)
     torch._dynamo.reset()
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
-    baseline = kilobytes("VmRSS")
-    train(case, STEPS)
-    return {"baseline_mb": baseline * 1.024e-3, "taken_mb": (kilobytes("VmHWM") - baseline) * 1.024e-3}
+    watch = Watch("cpu")
+    timing = timed(prepared(case), STEPS - 1 if case["run"] else 5)
+    return {"mb": watch.taken() / 1e6, "step_s": timing.step, "mean_s": sum(timing.each) / len(timing.each)}
 
 
-def measure(name: str, dtype: str, compiled: bool, with_time: bool) -> dict[str, Any]:
+def measure(name: str, dtype: str, compiled: bool) -> dict[str, Any]:
     """One row of the result."""
     config, rows, length, accumulate = CASES[name]
     case = {"model": config.to_json(), "rows": rows, "length": length, "accumulate": accumulate}
-    case |= {"dtype": dtype, "compile": compiled, "timed": False}
+    case |= {"dtype": dtype, "compile": compiled}
     found = plan(job_of(case))
-    row = {"case": name, "dtype": dtype, "compile": compiled, "parameters": num_parameters(config)}
-    row |= {"rows": rows, "length": length, "accumulate": accumulate, "moment": found.moment}
-    row |= {"planned_mb": found.total / 1e6, "live_mb": (found.total - found.bytes.get("heap", 0)) / 1e6}
-    row["fixed_mb"] = sum(found.bytes.get(part, 0) for part in ("weights", "computing copy", "optimizer", "data")) / 1e6
-    for timing in (False, True)[: 1 + with_time]:
-        command = [sys.executable, "-m", "benchmarks.plan", "--child", json.dumps(case | {"timed": timing})]
+    told = []
+    for run in (False, True):
+        command = [sys.executable, "-m", "benchmarks.plan", "--child", json.dumps(case | {"run": run})]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
         if done.returncode:
             raise SystemExit(done.stderr)
-        row |= json.loads(done.stdout.splitlines()[-1])
-    row["memory_off"] = row["planned_mb"] / row["taken_mb"] - 1
-    if with_time:
-        row["time_off"] = row["planned_s"] / row["taken_s"] - 1
-    return row
+        told.append(json.loads(done.stdout.splitlines()[-1]))
+    planned, taken = told
+    return {
+        "case": name,
+        "dtype": dtype,
+        "compile": compiled,
+        "parameters": num_parameters(config),
+        "rows": rows,
+        "length": length,
+        "accumulate": accumulate,
+        "moment": found.moment,
+        "tensors_mb": (found.total - found.bytes.get("heap", 0.0)) / 1e6,
+        "fixed_mb": sum(found.bytes.get(part, 0.0) for part in FIXED) / 1e6,
+        "estimated_mb": found.total / 1e6,
+        "planned_mb": planned["mb"],
+        "taken_mb": taken["mb"],
+        "planned_s": planned["step_s"],
+        "taken_s": taken["mean_s"],
+        "estimate_off": found.total / 1e6 / taken["mb"] - 1,
+        "memory_off": planned["mb"] / taken["mb"] - 1,
+        "time_off": planned["step_s"] / taken["mean_s"] - 1,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", help="names separated by ;", default=";".join(CASES))
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--no-time", action="store_true")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -156,13 +149,14 @@ def main() -> int:
     for name in args.cases.split(";"):
         for compiled in (False, True)[: 2 - args.no_compile]:
             for dtype in ("float32", "bfloat16"):
-                row = measure(name, dtype, compiled, not args.no_time)
+                row = measure(name, dtype, compiled)
                 result["rows"].append(row)
-                told = f"{name:24} {dtype:8} compile {compiled:d}: planned {row['planned_mb']:6.0f} MB"
-                told += f", taken {row['taken_mb']:6.0f} MB ({row['memory_off']:+.1%})"
-                print(told + (f", time {row['time_off']:+.1%}" if "time_off" in row else ""), flush=True)
-    result["memory_off"] = max(abs(row["memory_off"]) for row in result["rows"])
-    print(f"-> {publish(result)}: the worst is {result['memory_off']:.1%} off")
+                told = f"{name:24} {dtype:8} compile {compiled:d}: tensors {row['tensors_mb']:5.0f} MB"
+                told += f", taken {row['taken_mb']:5.0f}, planned {row['memory_off']:+.1%}"
+                print(told + f", estimated {row['estimate_off']:+.1%}, time {row['time_off']:+.1%}", flush=True)
+    for kind in ("memory_off", "estimate_off", "time_off"):
+        result[kind] = max(abs(row[kind]) for row in result["rows"])
+    print(f"-> {publish(result)}: at worst memory {result['memory_off']:.1%}, time {result['time_off']:.1%} off")
     return 0
 
 

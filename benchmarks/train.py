@@ -36,6 +36,7 @@ from benchmarks.record import begin, publish
 
 LENGTH, ROWS, VOCAB = 1024, 8, 16_000
 SIZES: dict[str, Any] = {"num_layers": 8, "hidden": 512, "num_heads": 8, "ffn": 1408, "max_length": LENGTH}
+MICRO = 2  # rows of ours computed at a time
 LR = 2e-5  # SFTTrainer's default
 WARM = 2  # steps of each arm that are not counted: the first also compiles
 SQUARE = 2048  # of the matrices that tell the machine's rate
@@ -133,20 +134,18 @@ def run_moss(arm: Arm, folder: Path, turns: Turns) -> None:
         out=folder / "out" / arm.dtype,
         steps=10**6,
         batch_tokens=ROWS * LENGTH,
-        micro_tokens=0,
+        micro_tokens=MICRO * LENGTH,
         length=LENGTH,
         lr=LR,
         dtype=arm.dtype,  # type: ignore[arg-type]
         compile="on",
         device="cpu",
         save_every=0,
-        optimizer="adamw",
+        matrix_lr=0.0,
     )
     torch.manual_seed(0)
     with launch.opened(config) as (start, stop):
-        launch.train(
-            "sft", config, load_model(folder), tokenizer, packed, next_token, muon=False, start=start, stop=stop
-        )
+        launch.train("sft", config, load_model(folder), tokenizer, packed, next_token, start=start, stop=stop)
 
 
 def run_trl(arm: Arm, folder: Path, turns: Turns) -> None:

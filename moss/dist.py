@@ -8,7 +8,7 @@ Why     A rank that skips a step, stops or fails alone leaves the others waiting
 How     with started("cuda"):
             shard(model, torch.bfloat16)                  # before the optimizer is made
             loss, count = sums([loss, count])
-        torchrun --nproc-per-node 8 -m moss train sft …   # see docs/training.md
+        torchrun --nproc-per-node 8 -m moss train sft …   # see docs/cluster.md
 
 Mixed precision is where `shard` puts it: weights, gradients and optimizer in float32 and sharded, a block's weights
 gathered in the computing dtype while it computes, gradients added up over ranks in float32. Ranks talk NCCL on GPUs

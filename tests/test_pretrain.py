@@ -267,6 +267,27 @@ def test_what_is_not_given_comes_from_the_paper(made: Path, tmp_path: Path, caps
     assert (run["lr"], run["matrix_lr"], run["weight_decay"], run["schedule"]) == (3e-3, 0.02, 0.0, "linear")
 
 
+def test_adapters_learn_another_language_too(made: Path, tmp_path: Path) -> None:
+    """New rows that adapters leave as they began, or an adapter for the tokenizer's folder instead of the base's."""
+    config = cross(made, out=tmp_path / "run", lora="r=2", unfreeze=[], steps=4, save_every=2)
+    stopped(config, tmp_path / "run", 2)
+    assert pretrain.main(dataclasses.replace(config, resume=True, model=None)) == 0
+    assert pretrain.main(dataclasses.replace(config, out=tmp_path / "whole")) == 0
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    old, new = (Tokenizer.load(made / name).vocab_size for name in ("base", "zhtok"))
+    told = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert told["base_model_name_or_path"] == str((made / "base").resolve())
+    assert all(rows == list(range(old, new)) for rows in told["trainable_token_indices"].values())
+    before, after = parameters(made / "base"), parameters(tmp_path / "run")
+    assert (
+        len(after["embed.weight"]) == new
+        and torch.equal(  # exported as bfloat16
+            after["embed.weight"][:old], before["embed.weight"][:old].bfloat16().float()
+        )
+    )
+
+
 def test_shards_of_another_run_are_read(made: Path, tmp_path: Path) -> None:
     """Tokenising a corpus again for each run."""
     first = cross(made, out=tmp_path / "one", steps=1)
@@ -323,6 +344,8 @@ def test_bad_bases_are_one_line(made: Path, tmp_path: Path) -> None:
         ({"unfreeze": [0.5]}, "--unfreeze 0.5: give two shares"),
         ({"unfreeze": [0.5, 0.2]}, "--unfreeze 0.5 0.2: give two shares"),
         ({"unfreeze": [0.5, 2.0]}, "--unfreeze 0.5 2.0"),
+        ({"lora": "r=2"}, "--unfreeze with --lora"),
+        ({"lora": "r=2", "unfreeze": [], "model": None}, "--lora trains adapters on a model that is there"),
         ({"lr": 0.0}, "--lr is 0.0; it must be above 0"),
         ({"data": [Path("zh=nowhere.jsonl:1")]}, "--data: nowhere.jsonl is not a file"),
         ({"length": 256, "batch_tokens": 256}, "--length 256 is more than the model's max_length 128"),

@@ -1,7 +1,6 @@
 """Files of text and conversations, tokenised once, as `pack.Rows`.
 
     texts = documents([Path("a.jsonl"), Path("b.txt")])       # {"text": …} a line, or a whole .txt as one document
-    rows = of_documents(texts, tok, length=256)               # every token learnt, long documents cut into pieces
     rows, dropped = of_dialogs(dialogs, tok, loss="assistant", length=256)
     by_section(rows, tok)                                     # {"thoughts": (tokens, learnt), …}
 
@@ -86,20 +85,6 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict]]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path} line {number} is not a JSON object")
             yield number, row
-
-
-def of_documents(texts: Iterable[str], tok: Tokenizer, length: int) -> Rows:
-    """Each document and an end-of-text id, all learnt, cut into pieces of at most `length`."""
-    parts = []
-    stream = iter(texts)
-    while chunk := list(itertools.islice(stream, CHUNK)):
-        pieces = []
-        for ids in tok.encode_batch(chunk):
-            ids.append(tok.eos)
-            pieces += [ids[begin : begin + length] for begin in range(0, len(ids), length)]
-        pieces = [piece for piece in pieces if len(piece) > 1]  # a lone token has nothing before it to learn from
-        parts.append(Rows.of([(piece, np.ones(len(piece), dtype=np.uint8)) for piece in pieces]))
-    return Rows.join(parts) if parts else Rows.of([])
 
 
 def of_dialogs(dialogs: Iterable[Dialog], tok: Tokenizer, loss: Loss, length: int) -> tuple[Rows, int]:

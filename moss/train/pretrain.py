@@ -89,12 +89,12 @@ def main(config: Pretrain) -> int:
     settings = completed(config, PAPER if base else NEW)
     launch.check(settings)
     check_shares(settings)
-    if settings.lora and not base:
-        raise UsageError("--lora trains adapters on a model that is there; give it as --model, or leave --lora out")
     with launch.opened(settings) as (start, stop):
         told = checkpoint.read_info(start) if start else {}
         settings = completed(config, told.get("run", PAPER if base else NEW))
         tokenizer, model, before = begin(settings, start, told, base, held_out)
+        if before:
+            settings = replace(settings, model=Path(before["folder"]))  # whose weights an adapter is for
         if not sources:
             sources = [mix.Source(mix.PLAIN, launch.material(settings, "text", MATERIAL))]
         rows = {source.name: read(source, tokenizer, settings) for source in sources}
@@ -151,6 +151,8 @@ def begin(
         extended = Tokenizer.load(start)
         return *launch.load(config, start, base, chat=False, extended=extended), known
     if not base:
+        if config.lora:
+            raise UsageError("--lora trains adapters on a model that is there; give it as --model, or leave --lora out")
         tokenizer = Tokenizer.load(config.model or locate(None))
         made = ModelConfig.from_depth(config.depth, tokenizer.vocab_size, max_length=max(LENGTH, config.length))
         model = Decoder(made)

@@ -50,7 +50,10 @@ class Reward(launch.Settings):
 
     out: Path = Path("runs/reward")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
     model: Path | None = None  # folder of the model to start from, with its tokenizer; none = the bundled model
-    length: int = 1024  # tokens of a packed row; all replies of a prompt must fit into one
+    length: int = 1024  # tokens of a packed row; a prompt with all its replies must fit into one
+    batch_tokens: int = 2048  # places for tokens in one step, padding included
+    lr: float = 2e-3  # AdamW, for embeddings, head and norms (and for matrices without Muon)
+    matrix_lr: float = 0.012  # Muon, for the matrices of the blocks; 0 = AdamW at --lr for them too
 
 
 def main(config: Reward) -> int:
