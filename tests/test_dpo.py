@@ -9,7 +9,7 @@ import os
 import shutil
 import signal
 from functools import partial
-from itertools import islice
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from moss import checkpoint, tokenizer
-from moss.data import preferences
-from moss.data.pairs import Groups, Preference, answered, encode, to_json
+from moss.chat import Dialog, Turn
+from moss.data.pairs import Groups, Preference, Reply, answered, encode, to_json
 from moss.log import read as read_log
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
@@ -29,10 +29,20 @@ from moss.weights import load_model, save_model
 
 LENGTH = 1024
 BETA = 0.3
-PROMPTS = [
-    dataclasses.replace(preference, history=dataclasses.replace(preference.history, meta="Be MOSS."))
-    for preference in islice(preferences.prompts(0), 12)
-]
+WORDS = "red green blue old new big small one two three four five".split()
+
+
+def preference(number: int) -> Preference:
+    """A question with six replies, of which the longer is the better one; each number makes another question."""
+    turns = [Turn(f"Say {WORDS[number]} and {WORDS[-number]}.")]
+    if number % 4 == 0:
+        turns.insert(0, Turn("Hello", reply="Hi"))
+    replies = [Reply(" ".join(WORDS[(number + at) % 12] for at in range(size))) for size in (3, 1, 6, 4, 2, 5)]
+    order = sorted(range(6), key=lambda at: -len(replies[at].text.split()))
+    return Preference(Dialog("Be MOSS.", {}, turns), replies, list(combinations(order, 2)))
+
+
+PROMPTS = [preference(number) for number in range(12)]
 
 
 def lively(tok: Tokenizer, seed: int = 0, **values: Any) -> Decoder:
@@ -68,7 +78,8 @@ def config(folder: Path, **more: Any) -> dpo.DPO:
     values: dict[str, Any] = {
         "data": [folder / "pairs.jsonl"],
         "model": folder / "base",
-        "batch_tokens": 4 * LENGTH,
+        "length": 256,
+        "batch_tokens": 512,
         "lr": 1e-3,
         "matrix_lr": 0.0,
         "compile": "off",
@@ -145,10 +156,10 @@ def test_packed_is_unpacked_and_one_by_eight_is_eight_by_one(tok: Tokenizer) -> 
     agree to 1e-6 in float32, with four prompts in a row, with one, and in micro-batches of one."""
     model = lively(tok)
     reference = np.random.default_rng(0).normal(-150, 5, 48)  # of the six replies of eight prompts
-    packed = dpo.Referenced(Groups(PROMPTS[:8], tok, LENGTH), 1, reference=reference)
-    alone = dpo.Referenced(Groups(PROMPTS[:8], tok, 256), 1, reference=reference)
+    packed = dpo.Referenced(Groups(PROMPTS[:8], tok, 512), 1, reference=reference)
+    alone = dpo.Referenced(Groups(PROMPTS[:8], tok, 128), 1, reference=reference)
     singles = [
-        dpo.Referenced(Groups([each], tok, 256), 1, reference=part)
+        dpo.Referenced(Groups([each], tok, 128), 1, reference=part)
         for each, part in zip(PROMPTS[:8], reference.reshape(8, 6), strict=True)
     ]
     assert len(packed) == 2 and len(alone) == len(singles) == 8
@@ -261,5 +272,12 @@ def test_chosen_and_rejected_texts_are_learnt(made: Path, tmp_path: Path) -> Non
     """Prevents a stage that only knows our own rows: the released pairs of helpful and harmless replies."""
     lines = (Path(os.environ["MOSS_TEST_DATA"]) / "hh_harmless_pairs.jsonl").read_text().splitlines()[:40]
     (tmp_path / "hh.jsonl").write_text("\n".join(lines) + "\n")
-    assert dpo.main(config(made, out=tmp_path / "run", data=[tmp_path / "hh.jsonl"], steps=2)) == 0
+    assert (
+        dpo.main(
+            config(
+                made, out=tmp_path / "run", data=[tmp_path / "hh.jsonl"], steps=2, length=LENGTH, batch_tokens=LENGTH
+            )
+        )
+        == 0
+    )
     assert checkpoint.read_info(tmp_path / "run")["data"]["pairs"] > 10

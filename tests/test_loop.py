@@ -267,7 +267,7 @@ def test_without_a_compiler_training_goes_on(monkeypatch: pytest.MonkeyPatch, ca
     """Prevents a traceback, or a silent slow run, on machines where torch.compile cannot work."""
     monkeypatch.setenv("CXX", "/nowhere/g++")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     torch.compiler.reset()
     model, batches = model_and_batches()
     batch = batches(0)[0][0]

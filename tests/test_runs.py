@@ -126,7 +126,7 @@ def test_the_whole_road_small(tmp_path: Path):
 
     again = nano("--scale", "0.05", "--out", str(out))
     assert again.returncode == 0
-    assert again.stdout.count("done before") == 6
+    assert again.stdout.count("done before") == 13
     other = nano("--scale", "0.5", "--out", str(out))
     assert other.returncode == 1
     assert "was made with" in other.stderr

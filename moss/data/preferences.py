@@ -11,8 +11,8 @@ How     moss data curriculum --kind preferences --n 3000 --seed 1 -o pairs.jsonl
 Four kinds, in English and Chinese, the words and phrasings in `material/preferences.*.toml`:
 - `list`: five things of a kind; the wrong ones are of other kinds;
 - `facts`: what belongs to each of five keys, said with the key; the wrong ones belong to other keys;
-- `order`: five numbers by size; the wrong ones have changed places, or are other numbers;
-- `count`: the next five numbers; the wrong ones are a little more or less.
+- `numbers`: five even ones, or odd, small, large ones; the wrong ones are the opposite;
+- `order`: five digits by size; the wrong ones have changed places, or are others.
 The held-out split has phrasings (`unseen`) and values (`family.reserved`) that training never sees. Item i follows from
 (seed, i) alone.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, count
 from random import Random
@@ -33,14 +33,20 @@ from moss.data.pairs import Preference, Reply, answered
 from moss.data.talk import LANGS, material, sentence
 
 SLOTS = 5  # things that a question asks for
-KINDS = {"list": 3, "facts": 3, "order": 2, "count": 2}  # and how often each is asked
+KINDS = {"list": 3, "facts": 3, "numbers": 2, "order": 1}  # and how often each is asked
 LEVELS = QUALITIES
 LONGER = 1.1  # the longest reply of a prompt has at most so many times the characters of the shortest
 SECOND_TURN = 0.15  # of the conversations have an earlier question, answered right; not before facts, which are long
 SWAPPED = 0.5  # of the wrong facts and numbers are right ones of another place
-REPEATED = 0.1  # of the wrong words of a list are right ones said again
-NUMBERS = range(1, 10)  # to put in order
-STARTS, STEPS = range(1, 61), (1, 10)  # to count from, and by
+REPEATED = 0.1  # of the wrong words and numbers, where any order is right, are ones said again
+DIGITS = range(1, 10)  # to put in order
+NUMBERS = range(1, 100)  # of which some are asked for
+SORTS: dict[str, Callable[[int], bool]] = {  # each number is of as many sorts as not, but for 50
+    "even": lambda n: n % 2 == 0,
+    "odd": lambda n: n % 2 == 1,
+    "small": lambda n: n < 50,
+    "large": lambda n: n > 50,
+}
 TRIES = 200  # draws of a reply of fitting length before the prompt is drawn anew
 
 Split = Literal["known", "held_out"]
@@ -100,7 +106,7 @@ def draw(rng: Random, lang: str, split: Split = "known", kind: str | None = None
     """One question of a kind, or of one drawn by `KINDS`; values that are kept from training go to `held_out` alone."""
     kind = kind or rng.choices(list(KINDS), list(KINDS.values()))[0]
     while True:
-        task = {"list": _list, "facts": _facts, "order": _order, "count": _count}[kind](rng, lang, split)
+        task = {"list": _list, "facts": _facts, "numbers": _numbers, "order": _order}[kind](rng, lang, split)
         if reserved(f"{lang} {task.category} {' '.join(sorted(task.keys or task.right))}") == (split == "held_out"):
             return task
 
@@ -144,20 +150,19 @@ def _facts(rng: Random, lang: str, split: Split) -> Task:
 def _order(rng: Random, lang: str, split: Split) -> Task:
     way = rng.choice(("up", "down"))
     family, ask = _asked(rng, lang, split, "order", way)
-    given = rng.sample(NUMBERS, SLOTS)
+    given = rng.sample(DIGITS, SLOTS)
     right = tuple(map(str, sorted(given, reverse=way == "down")))
-    wrong = tuple(tuple(str(number) for number in NUMBERS if str(number) != own) for own in right)
+    wrong = tuple(tuple(str(number) for number in DIGITS if str(number) != own) for own in right)
     keys = tuple(map(str, given))
     return Task("order", family, ask.format(keys=_joined(keys, lang)), right, wrong, {"values": list(right)}, keys, way)
 
 
-def _count(rng: Random, lang: str, split: Split) -> Task:
-    first, step = rng.choice(STARTS), rng.choice(STEPS)
-    family, ask = _asked(rng, lang, split, "count")
-    numbers = [first + step * place for place in range(1, SLOTS + 1)]
-    wrong = tuple(tuple(str(n + by) for by in range(-9, 10) if by and n + by > 0) for n in numbers)
-    right = tuple(map(str, numbers))
-    return Task("count", family, ask.format(n=first, s=step), right, wrong, {"values": list(right)}, category="count")
+def _numbers(rng: Random, lang: str, split: Split) -> Task:
+    sort = rng.choice(list(SORTS))
+    family, ask = _asked(rng, lang, split, "numbers", sort)
+    fine, others = (tuple(str(n) for n in NUMBERS if SORTS[sort](n) == wanted) for wanted in (True, False))
+    right = tuple(rng.sample(fine, SLOTS))
+    return Task("numbers", family, ask, right, (others,) * SLOTS, {"one_of": list(fine)}, category=sort)
 
 
 def _replies(rng: Random, task: Task, lang: str) -> list[Reply]:
@@ -192,9 +197,9 @@ def say(rng: Random, task: Task, lang: str, level: int) -> str:
 
 
 def _values(rng: Random, task: Task, level: int) -> list[str]:
-    """Five values, `level` of them right, none twice but for repeated words of a list."""
+    """Five values, `level` of them right, none twice but for things said again where any order is right."""
     right = list(task.right)
-    if task.kind == "list":
+    if not task.keys:
         rng.shuffle(right)
     fine = set(rng.sample(range(SLOTS), level))
     while True:
@@ -209,12 +214,12 @@ def _values(rng: Random, task: Task, level: int) -> list[str]:
 def _wrong(rng: Random, task: Task, values: Sequence[str], place: int) -> str:
     """A wrong value for this place, or "" where none is left."""
     said = [value for value in values if value]
-    if task.kind == "list":
+    if not task.keys:
         again = said and rng.random() < REPEATED
         return rng.choice(said if again else [value for value in task.wrong[place] if value not in said])
     swapped = [value for value in task.right if value not in said and value != task.right[place]]
     others = [value for value in task.wrong[place] if value not in said]
-    if task.kind in ("facts", "order") and swapped and rng.random() < SWAPPED:
+    if swapped and rng.random() < SWAPPED:
         return rng.choice(swapped)
     return rng.choice(others) if others else ""
 

@@ -43,7 +43,9 @@ class DPO(launch.Settings):
     out: Path = Path("runs/dpo")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
     model: Path | None = None  # folder of the model to start from and to compare with; none = the bundled model
     beta: float = 0.1  # what a unit of log-probability away from the first model counts; smaller moves further
-    length: int = 1024  # tokens of a packed row; all replies of a prompt must fit into one
+    length: int = 1024  # tokens of a packed row; a prompt with all its replies must fit into one
+    lr: float = 1e-4  # AdamW; at five times that a nano soon writes empty replies
+    matrix_lr: float = 0.0  # Muon, for the matrices of the blocks; 0 = AdamW at --lr for them too
 
 
 def main(config: DPO) -> int:

@@ -17,7 +17,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -30,14 +30,15 @@ from torch._dynamo.exc import TorchDynamoException
 from moss import checkpoint, dist
 from moss.config import option, to_json
 from moss.data.curriculum import Curriculum, write
+from moss.data.pack import Rows
 from moss.errors import UsageError
 from moss.grow import grow
-from moss.log import RunLog, note, span
+from moss.log import RunLog, console, note, span
 from moss.model import Decoder, Head
 from moss.optim import Optimizers, make_optimizer, rate
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer, add_markers
-from moss.train import loop, lora, peft, report
+from moss.train import loop, lora, memory, peft, plan, report
 from moss.weights import load_model
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed (compile and
@@ -186,8 +187,7 @@ def load(
     `chat`: a base that lacks the format's markers gets them as new ids, each row the mean of its text's pieces; in the
     same way a base grows into a tokenizer that was `extended` from its own.
     """
-    base = locate(model)
-    source = base if config.lora else start or base  # under LoRA a checkpoint is the adapter alone
+    source = start if start and not config.lora else locate(model)  # under LoRA a checkpoint is the adapter alone
     tokenizer = old = Tokenizer.load(source)
     decoder = load_frozen(config, source, head) if config.lora else load_model(source, head=head)
     check_fit(tokenizer, decoder, config.length, source)
@@ -200,7 +200,7 @@ def load(
         decoder = grow(decoder, old, tokenizer)
         note(f"{source} knows no chat: the ten markers became ids {old.vocab_size} to {tokenizer.vocab_size - 1}")
     if config.lora:
-        adapt(config, decoder, start, base, range(old.vocab_size, tokenizer.vocab_size))
+        adapt(config, decoder, start, source, range(old.vocab_size, tokenizer.vocab_size))
     return tokenizer, decoder
 
 
@@ -261,12 +261,19 @@ def train(
     dtype = pick_dtype(config.dtype, device)
     rows, own, micro = shares(config)
     adapted = bool(lora.adapters(model))
+    job = job_of(config, model, data, dtype, checkpointing)
+    free = plan.free_memory(str(device))
+    if not config.micro_tokens:
+        then = checkpoint.read_info(start).get("micro_rows") if start else None  # the same sums on any machine
+        micro = then or plan.plan(job, free).micro_tokens // config.length
     net = place(model, device, dtype)
     optimizer = optimizer_of(config, model)  # before anything computes: from then on some weights may stand gathered
     if hasattr(data, "use"):
         data.use(net)  # type: ignore[attr-defined]
     steps = config.steps or math.ceil(getattr(config, "epochs", 1.0) * len(data) / rows)
-    info = describe(stage, config, dtype, model, tokenizer, data) | (extra or {})
+    info: dict[str, Any] = (
+        describe(stage, config, dtype, model, tokenizer, data) | {"micro_rows": micro} | (extra or {})
+    )
     state = restore(start, info, optimizer, data) if start else loop.State()
     size = sum(parameter.numel() for parameter in model.parameters())
     where = str(device) if dist.world() == 1 else f"{dist.world()} processes ({device.type})"
@@ -292,6 +299,12 @@ def train(
         compile_hidden(net, batches(state.position)[0][0], loss_fn, must=config.compile == "on")
     if checkpointing:
         dist.recompute(net)
+    if config.plan:
+        watch = plan.Watch(str(device), sum(memory.standing(job).values()))
+        timing = plan.timed(lambda: one_step(model, net, loss_fn, batches(state.position)[0], optimizer))
+        found = plan.plan(replace(job, micro_tokens=micro * config.length), free)
+        console.print(plan.table(replace(found, measured=watch.taken()), steps=steps, timing=timing))
+        return 0
     log = RunLog(config.out / "log.jsonl", state.step) if dist.rank() == 0 else None
     hooks = loop.Hooks(
         save=save,
@@ -307,7 +320,10 @@ def train(
     stop.training()
     with log or nullcontext():
         schedule = partial(rate, config.schedule, total=steps, warmup=warmup)
-        state = loop.run(model, batches, loss_fn, optimizer, schedule, steps=steps, state=state, net=net, hooks=hooks)
+        with plan.explained(replace(job, micro_tokens=micro * config.length), free):
+            state = loop.run(
+                model, batches, loss_fn, optimizer, schedule, steps=steps, state=state, net=net, hooks=hooks
+            )
     if state.step < steps and not state.ended:
         note(f"{stop.asked}: step {state.step} of {steps} is saved in {config.out}; --resume goes on from there")
         return 0 if stop.asked == "SIGTERM" else 128 + signal.Signals[stop.asked]
@@ -319,6 +335,37 @@ def train(
             note(f"drawn: {report.draw(config.out, stage)}")
         print(config.out)
     return 0
+
+
+def job_of(config: Run, model: nn.Module, data: Data, dtype: torch.dtype, checkpointing: bool) -> memory.Job:
+    """What decides the memory of this run."""
+    spec = lora.parse(config.lora) if config.lora else None
+    kinds: dict[str, memory.LossKind] = {"lm": "cross-entropy", "scalar": "scores"}
+    parts = parts_of(model).values()
+    nets = tuple(memory.Net(part.config, part.head_kind, kinds[part.head_kind], spec) for part in parts)
+    rows = getattr(data, "rows", None)
+    held = sum(array.nbytes for array in (rows.ids, rows.mask, rows.starts)) if isinstance(rows, Rows) else 0
+    return memory.Job(
+        nets,
+        config.length,
+        config.batch_tokens,
+        config.micro_tokens,
+        dtype,
+        muon=getattr(config, "matrix_lr", 0.0) > 0 and spec is None,
+        checkpointing=checkpointing,
+        device=torch.device(pick_device(config.device)).type,
+        data=held,
+        ranks=dist.world(),
+    )
+
+
+def one_step(
+    model: nn.Module, net: nn.Module, loss_fn: loop.LossFn, micro: list[loop.Micro], optimizer: Optimizers
+) -> None:
+    """A step as the loop makes it, for `--plan`: the weights that it changes are never kept."""
+    _, norm, _, _ = loop.gradients(model, net, loss_fn, micro)
+    loop.update(model, net, optimizer, norm, clip=1.0)
+    optimizer.zero_grad(set_to_none=True)
 
 
 def shares(config: Run) -> tuple[int, int, int]:

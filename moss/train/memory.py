@@ -189,86 +189,119 @@ def kept_outside(net: Net, job: Job) -> tuple[float, float]:
 # ---------------------------------------------------------------- the moments of a step
 
 
-def head_needs(net: Net, job: Job, tokens: float) -> tuple[float, float]:
-    """Bytes of the head and the loss over `tokens` hidden states: (when forward ends, when backward begins).
+def head_needs(net: Net, job: Job, tokens: float) -> tuple[float, float, float]:
+    """Bytes of the head and the loss over `tokens` hidden states: what is kept from forward to backward, what is needed
+    beside it when forward ends, and when backward begins.
 
     Cross-entropy makes its gradients while it goes through chunks of logits; log-probabilities make their chunks a
-    second time in backward; scores are one number a reply.
+    second time in backward; scores are numbers made of float32.
     """
     model, c = net.config, job.dtype.itemsize
     wide, table = model.hidden * tokens * c, model.vocab_size * model.hidden
-    learnt = job.learnt * wide
+    count = job.learnt * tokens
+    learnt, cast = model.hidden * count * c, c if c != 4 else 0
     if net.loss == "scores":
-        return wide, 2 * wide
-    chunk = min(CHUNK, job.learnt * tokens) * model.vocab_size
-    # Logits in float32 with a copy for their logsumexp, and those of the chunk before, which are still there.
-    logits = (8 if job.learnt * tokens <= CHUNK else 12) * chunk
+        return 4 * model.hidden * count, wide, wide + 4 * model.hidden * count
+    first, second = min(CHUNK, count) * model.vocab_size, min(CHUNK, max(0.0, count - CHUNK)) * model.vocab_size
+    # Of a chunk: logits in float32 with a copy for their logsumexp, or, from bfloat16, with those before the cast; and
+    # of the chunk before what has not been overwritten yet. Then what is added up to the head's gradient.
+    sums = (4 + cast) * (first + table)
     if net.loss == "log-probs":
-        trains = 4 * table * (net.lora is None or net.rows > 0)
-        return wide + learnt + logits, 3 * learnt + trains + 12 * chunk + c * table
-    sums = 4 * chunk + 4 * table if c == 4 else (4 + c) * chunk + (4 + c) * table  # slopes, and what is added up
-    return wide + learnt + 4 * table + max(logits, sums), 2 * learnt + wide + 8 * table + (c * table if c != 4 else 0)
+        logits = max(8 * first, (4 * first + (4 + c) * second) if cast else 0)
+        again = max(10 * first, 2 * first + 10 * second) if cast else max(8 * first, 4 * first + 8 * second)
+        trains = net.lora is None or net.rows > 0
+        slopes = max(again, (sums - 4 * first * (cast > 0)) * trains, wide + cast * table * trains)
+        return learnt, wide + logits, learnt + 4 * table * trains + slopes
+    logits = max(8 * first, (4 + cast) * first + ((4 + c) if cast else 8) * second)
+    return learnt + 4 * table, wide + max(logits, sums), learnt + wide + (4 + cast) * table
 
 
 def moments(job: Job, micro: int) -> dict[str, Bytes]:
-    """Bytes by part at each moment of a step that may be the fullest, in micro-batches of `micro` places."""
-    rows, c = micro // job.length, job.dtype.itemsize
+    """Bytes by part at each moment of a step that may be the fullest, in micro-batches of `micro` places.
+
+    Where two nets train on one loss, what the first keeps is there until backward has gone through the second.
+    """
     counted = [sizes(net, job.dtype) for net in job.nets]
-    trained = sum(size.trained for size in counted)
-    accumulate = math.ceil(job.batch_tokens / job.ranks / micro)
-    before = 4 * trained / job.ranks if accumulate > 1 else 0.0  # of the micro-batches before
-    kept: Bytes = {}
-    for net in job.nets:
-        layers = net.config.num_layers
-        if job.checkpointing:  # the inputs of all blocks, and all of one block when backward comes to it
-            kept["block inputs"] = kept.get("block inputs", 0.0) + layers * net.config.hidden * c * micro
-            layers = 1
-        for part, each in kept_by_block(net, job, rows).items():
-            kept[part] = kept.get(part, 0.0) + layers * each * micro
-    norms, rest = (sum(each) * micro for each in zip(*(kept_outside(net, job) for net in job.nets)))
-    kept["outside blocks"] = norms + rest
-    stays, found = standing(job), dict[str, Bytes]()
+    trained = sum(size.trained for size in counted) / job.ranks
+    before = 4 * trained if math.ceil(job.batch_tokens / job.ranks / micro) > 1 else 0.0  # of micro-batches before
     heads = [head_needs(net, job, micro) for net in job.nets]
-    found["the loss"] = {**stays, "gradients": before, **kept, "logits": max(forward for forward, _ in heads)}
-    found["the head's backward"] = {**stays, "gradients": before, **kept, "logits": max(back for _, back in heads)}
-    last, size = job.nets[-1], counted[-1]
-    tables = sum(each.tables for each in counted) * c
-    # In float32 on one process a gradient is added to the one before at once; a copy's wait to be collected, and those
-    # that ranks add up are copied into float32 for it, the tables' last of all.
-    waiting = not (before and c == 4 and job.ranks == 1)
-    tables, alone = sum(each.tables for each in counted), job.ranks == 1
-    top = c * tables + (c + 4 * (not alone)) * size.block * waiting
-    found["backward of the last block"] = {
-        **stays,
-        "gradients": before + top,
-        **kept,
-        "outside blocks": rest,
-        "backward": working(last, job) * micro + in_floats(last, size, c),
-    }
-    lowest = {part: each / last.config.num_layers for part, each in kept.items()}
-    if job.checkpointing:  # of the one block that is computed again there is all
-        lowest |= {part: each for part, each in kept.items() if part != "block inputs"}
-    lowest["outside blocks"] = rest
-    whole = before + c * trained * waiting if alone else 4 * trained / job.ranks + (c + 4) * tables
-    found["backward of the first block"] = {
-        **stays,
-        "gradients": whole,
-        **lowest,
-        "backward": 2 * last.config.hidden * c * micro + c * tables + in_floats(last, size, c),
-    }
-    orthogonal = 10 * size.largest if job.muon and last.lora is None else 0
-    found["the update"] = {**stays, "gradients": 4 * trained / job.ranks, "update": orthogonal}
+    kept = [all_kept(net, job, micro) | {"logits": head[0]} for net, head in zip(job.nets, heads)]
+    stays, found, done = standing(job), dict[str, Bytes](), before
+    for last, net in reversed(list(enumerate(job.nets))):
+        where, made = f" of net {last + 1}" if last else "", going_back(net, job, micro, before > 0)
+        others, mine = added(stays, *kept[:last]), kept[last]
+        rest = {"outside blocks": kept_outside(net, job)[1] * micro, "logits": 0.0}
+        within = {"gradients": done, "logits": heads[last][1]}
+        found[f"the loss{where}"] = added(others, mine, within | {"gradients": before})
+        found[f"the head's backward{where}"] = added(others, mine, within | {"logits": heads[last][2]})
+        within = {"gradients": done + made["top"], "backward": made["working"]}
+        found[f"backward of the last block{where}"] = added(others, mine | rest, within)
+        within = {"gradients": done + made["blocks"], "backward": made["working"]}
+        found[f"backward of the first block{where}"] = added(others, one_block(net, job, mine) | rest, within)
+        within = {"gradients": done + made["whole"], "backward": made["ending"]}
+        found[f"the embedding's gradient{where}"] = added(others, rest, within)
+        done += made["whole"]
+    largest = max(size.largest for size in counted)
+    orthogonal = 10 * largest if job.muon and all(net.lora is None for net in job.nets) else 0
     if job.ranks > 1:
-        gathered = c * sum(each.tables + 2 * each.block for each in counted)
-        for name in found.keys() - {"the update"}:
-            found[name]["gathered weights"] = gathered
-    return found
+        gathered = job.dtype.itemsize * sum(size.tables + 2 * size.block for size in counted)
+        found = {name: parts | {"gathered weights": gathered} for name, parts in found.items()}
+    if job.dtype.itemsize != 4 and job.ranks == 1:  # the copy's become float32 one by one, the embedding's first
+        table = max(net.config.vocab_size * net.config.hidden * (net.lora is None) for net in job.nets)
+        found["gradients collected"] = added(stays, {"gradients": done + 4 * table})
+    return found | {"the update": added(stays, {"gradients": 4 * trained, "update": orthogonal})}
 
 
-def working(net: Net, job: Job) -> float:
-    """Bytes a token that backward of one block works with, at most: gradients of the stream and of the wide layer."""
-    wide = net.config.ffn * (1 if net.config.family == "moss" else 2)
-    return (net.config.hidden + wide) * job.dtype.itemsize
+def added(*parts: Bytes) -> Bytes:
+    """Bytes by part of several together."""
+    return {name: sum(each.get(name, 0.0) for each in parts) for name in {key: 0 for each in parts for key in each}}
+
+
+def all_kept(net: Net, job: Job, micro: int) -> Bytes:
+    """Bytes by part that a net keeps from forward to backward of `micro` places, its head's aside."""
+    layers, found = net.config.num_layers, dict[str, float]()
+    if job.checkpointing:  # the inputs of all blocks, and all of one block when backward comes to it
+        found["block inputs"] = layers * net.config.hidden * job.dtype.itemsize * micro
+        layers = 1
+    found |= {part: layers * each * micro for part, each in kept_by_block(net, job, micro // job.length).items()}
+    return found | {"outside blocks": sum(kept_outside(net, job)) * micro}
+
+
+def one_block(net: Net, job: Job, kept: Bytes) -> Bytes:
+    """What of that is left when backward comes to the first block."""
+    return {
+        part: each if job.checkpointing and part != "block inputs" else each / net.config.num_layers
+        for part, each in kept.items()
+    }
+
+
+def going_back(net: Net, job: Job, micro: int, more: bool) -> dict[str, float]:
+    """Bytes that backward of a net makes: gradients, when it is in its last block (`top`), through all `blocks` and
+    through the `whole`; beside them what it works with in a block (`working`) and for the embedding (`ending`).
+
+    `more`: gradients of micro-batches before are there. In float32 on one process a gradient is then added to the one
+    before at once; a copy's wait to be collected, and those that ranks add up are copied into float32 for it, the
+    tables' last of all.
+    """
+    model, c, size = net.config, job.dtype.itemsize, sizes(net, job.dtype)
+    full, alone = net.lora is None, job.ranks == 1
+    waiting = not (more and c == 4 and alone)
+    embedding = model.vocab_size * model.hidden * full
+    head = embedding * (net.head == "lm")
+    stream, wide = model.hidden * micro * c, model.ffn * micro * c * (1 if model.family == "moss" else 2)
+    floats, apart = in_floats(net, size, c), embedding * (1 - model.tie_embeddings * (net.head == "lm"))
+    if alone:
+        top, blocks, whole = c * (head + size.block), c * (size.trained - apart), c * size.trained
+    else:
+        cut = 4 * size.trained / job.ranks
+        top, blocks, whole = c * head + (c + 4) * size.block, cut + c * head, cut + (c + 4) * size.tables
+    return {
+        "top": top * waiting + c * head * (not waiting),
+        "blocks": blocks * waiting,
+        "whole": whole * waiting,
+        "working": stream + wide + floats,  # gradients of the stream and of the wide layer
+        "ending": stream + c * embedding * ((head > 0 and model.tie_embeddings) or not waiting),
+    }
 
 
 def in_floats(net: Net, size: Sizes, c: int) -> float:

@@ -147,7 +147,8 @@ def zero1(config: ModelConfig, cluster: Cluster, *, rows: int, stages: int = 2, 
         flying = stages - stage
         inputs = flying * layers * hidden if recomputed else 0
         kept = sum(by_block.values()) * LENGTH * (1 if recomputed else flying * layers)
-        logits = max(head_needs(net, job, LENGTH)) if stage == stages - 1 else 0
+        kept_by_loss, forward, backward = head_needs(net, job, LENGTH)
+        logits = kept_by_loss + max(forward, backward) if stage == stages - 1 else 0
         each.append(
             {
                 "weights": 2 * count,
