@@ -16,7 +16,7 @@ rates. All that differs is the tag, and that the tag comes from a preference mod
 other means; the seconds of each stage stand in the result, and no claim of equal cost is made. The questions have
 phrasings and values that no stage has seen, and the judge is a program.
 
-    python -m benchmarks.preference                      # writes benchmarks/results/preference.json; about an hour
+    python -m benchmarks.preference                      # writes benchmarks/results/preference.json
     python -m benchmarks.preference --scale 0.02 --out out/small --seeds 0     # to see the road; nothing is published
 
 It can be stopped and started again: finished stages are skipped, one that was interrupted goes on.
@@ -42,10 +42,10 @@ from moss.data import pairs
 from moss.evals.preference import compare, dial, interval, questions, versus
 from moss.files import replacing
 
-STEPS = {"sft": 400, "reward": 200, "pat": 400, "dpo": 50, "ppo": 48}
+STEPS = {"sft": 800, "reward": 450, "pat": 800, "dpo": 50, "ppo": 48}
 SAME = ["--batch-tokens", "4096"]  # of `sft` and `pat`, which have everything else in common too
-REPLIES = 18_000  # conversations to learn from: more than `sft` and `pat` come to see
-PAIRS = 2_000  # questions with six replies each
+REPLIES = 15_000  # conversations to learn from, about twice
+PAIRS = 4_000  # questions with six replies each
 HELD_OUT = 200  # questions of the pairs that the preference model is tested on
 QUESTIONS = 300  # that each arm answers
 TEMPERATURES = (0.0, 1.0)  # as `moss chat` answers, and as the model draws

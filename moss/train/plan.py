@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from rich.console import Group
 from rich.table import Table
 
 from moss.log import span
@@ -212,26 +213,26 @@ def gigabytes(value: float) -> str:
     return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.0f} MB"
 
 
-def table(found: Plan, *, steps: int = 0, timing: Timing | None = None) -> Table:
+def table(found: Plan, *, steps: int = 0, timing: Timing | None = None) -> Group:
     """A plan for people: memory by part, the micro-batch, and how long it takes where that was measured."""
-    shown = Table(title=f"memory at its fullest: {found.moment}")
-    shown.add_column("part")
-    shown.add_column("bytes", justify="right")
-    shown.add_column("share", justify="right")
-    parts = dict(found.bytes)
+    job, parts = found.job, dict(found.bytes)
+    shown = Table("part", title="memory")
+    for column in ("bytes", "share"):
+        shown.add_column(column, justify="right")
     if found.measured:  # tensors are known: what real steps took beyond them is the allocator's
         parts["heap"] = max(0.0, found.measured - sum(parts.values()) + parts.get("heap", 0.0))
     for part, value in sorted(parts.items(), key=lambda pair: -pair[1]):
         shown.add_row(part, gigabytes(value), f"{value / found.total:.0%}")
     shown.add_section()
-    free = "" if math.isinf(found.free) else f"of {gigabytes(found.free)} free"
-    shown.add_row("in all, measured" if found.measured else "in all", gigabytes(found.total), free)
-    job = found.job
-    shown.caption = f"{found.accumulate} micro-batches of {found.micro_tokens} tokens a step"
+    shown.add_row("in all" + (", measured" if found.measured else ""), gigabytes(found.total))
+    free = "" if math.isinf(found.free) else f", of {gigabytes(found.free)} that are free"
+    lines = [f"at its fullest ({found.moment}){free}"]
+    where = f", on each of {job.ranks} processes" if job.ranks > 1 else ""
+    lines += [f"a step: {found.accumulate} micro-batches of {found.micro_tokens:,} tokens{where}"]
     if timing:
-        rate = job.batch_tokens / timing.step
-        shown.caption += f"; a step takes {timing.step:.2f} s ({rate:,.0f} places/s)"
-        shown.caption += f", {steps} steps {span(timing.whole(steps))}" if steps else ""
+        rate = f"{job.batch_tokens / timing.step:,.0f} places a second"
+        whole = f"; {steps:,} steps take {span(timing.whole(steps))}" if steps else ""
+        lines.append(f"{timing.step:.2f} s a step, {rate}{whole}")
     if not found.fits:
-        shown.caption += f"\nIt does not fit: {refused(found)}."
-    return shown
+        lines.append(f"It does not fit: {refused(found)}.")
+    return Group(shown, *lines)

@@ -38,7 +38,7 @@ from moss.train import launch
 from moss.train.loop import Loss, Micro
 from moss.train.rl_math import bradley_terry
 
-MATERIAL = 4000  # prompts of the scripted teacher where no --data is given
+MATERIAL = 8000  # prompts of the scripted teacher where no --data is given
 HELD_OUT = 300  # prompts of its held-out part where no --valid is given
 BINS = 10  # of the calibration error
 BATCH = 16_384  # places for tokens that `score_replies` computes at a time

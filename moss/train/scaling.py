@@ -28,6 +28,7 @@ from moss.train.plan import gigabytes, plan
 
 MOSS = ModelConfig(107008, 34, 6144, 24, family="moss", head_dim=256, rotary_dim=64, ffn=24576, max_length=2048)
 LENGTH = 2048  # tokens of a row, in the paper
+CORPUS = 677e9  # tokens that it trained on
 PAGE = Path(__file__).parent.parent.parent / "docs" / "scaling.md"
 TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.S)
 
@@ -69,6 +70,7 @@ class Needs:
     waiting: float  # seconds of communication, were nothing computed meanwhile
     tokens: int  # of a step, over all GPUs
     micro: str  # how a step is divided
+    moment: str = ""  # when memory is fullest, where that is known
 
     @property
     def total(self) -> float:
@@ -127,6 +129,7 @@ def fsdp(config: ModelConfig, cluster: Cluster, *, rows: int, recomputed: bool =
         waiting=turns * (cluster.collective(gather) + cluster.collective(scatter)),
         tokens=rows * LENGTH,
         micro=f"{turns} x {found.micro_tokens // LENGTH}",
+        moment=found.moment,
     )
 
 
@@ -168,15 +171,14 @@ def zero1(config: ModelConfig, cluster: Cluster, *, rows: int, stages: int = 2, 
         waiting=2 * cluster.collective(2 * largest, stages) + 2 * between / cluster.nvlink,
         tokens=rows * LENGTH,
         micro=f"{turns} x 1",
+        moment="the last micro-batch",
     )
 
 
 # ---------------------------------------------------------------- tables
 
-ONE, MANY = (
-    (8, 32),
-    (128, 1280),
-)  # GPUs and rows of a step: the paper's fine-tuning, and its pre-training (2.6 M tokens)
+# GPUs and rows of a step: the paper's fine-tuning, and its pre-training (2.6 million tokens).
+STEPS = ((8, 32), (128, 1280))
 GROUPS = {  # of `plan`'s parts, as the table shows them
     "weights": ("weights",),
     "gradients": ("gradients",),
@@ -190,9 +192,9 @@ GROUPS = {  # of `plan`'s parts, as the table shows them
 def layouts() -> dict[str, tuple[Cluster, Needs]]:
     """What docs/scaling.md compares."""
     found: dict[str, tuple[Cluster, Needs]] = {}
-    for gpus, rows in (ONE, MANY):
+    for gpus, rows in STEPS:
         cluster = Cluster(gpus)
-        found[f"{gpus}, ZeRO-1 and 2 stages"] = cluster, zero1(MOSS, cluster, rows=rows)
+        found[f"{gpus}, ZeRO-1, 2 stages"] = cluster, zero1(MOSS, cluster, rows=rows)
         found[f"{gpus}, FSDP"] = cluster, fsdp(MOSS, cluster, rows=rows)
         found[f"{gpus}, FSDP, nothing recomputed"] = cluster, fsdp(MOSS, cluster, rows=rows, recomputed=False)
     return found
@@ -201,26 +203,29 @@ def layouts() -> dict[str, tuple[Cluster, Needs]]:
 def scaling_table() -> str:
     """Memory, communication and time of a GPU, a layout a column."""
     found = layouts()
-    rows: dict[str, list[str]] = {}
-
-    def row(name: str, values: list[str]) -> None:
-        rows[name] = values
-
     every = [needs for _, needs in found.values()]
-    for name, parts in GROUPS.items():
-        values = [sum(needs.memory.get(part, 0.0) for part in parts) for needs in every]
-        row(name, [gigabytes(value) if value else "" for value in values])
-    row(
-        "**memory**", [f"**{gigabytes(n.total)}**" + ("" if n.total <= c.memory else ": no") for c, n in found.values()]
-    )
-    row("micro-batches x rows", [needs.micro for needs in every])
+
+    def sizes_of(values: list[float]) -> list[str]:
+        return [gigabytes(value) if value else "" for value in values]
+
+    rows = {
+        name: sizes_of([sum(needs.memory.get(part, 0.0) for part in parts) for needs in every])
+        for name, parts in GROUPS.items()
+    }
+    rows["**memory**"] = [f"**{gigabytes(needs.total)}**" for needs in every]
+    rows["at its fullest"] = [needs.moment for needs in every]
+    rows["micro-batches x rows"] = [needs.micro for needs in every]
     for kind in ("weights", "gradients", "hidden states"):
-        values = [needs.moved.get(kind, 0.0) for needs in every]
-        row(f"received: {kind}", [gigabytes(value) if value else "" for value in values])
-    row("computing", [f"{needs.compute:.1f} s" for needs in every])
-    row("communication", [f"{needs.waiting:.1f} s" for needs in every])
-    row("tokens/s, hidden to not", [" to ".join(f"{n.tokens / s:,.0f}" for s in n.seconds) for n in every])
-    lines = [f"| a GPU of | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+        rows[f"received: {kind}"] = sizes_of([needs.moved.get(kind, 0.0) for needs in every])
+    rows["computing"] = [f"{needs.compute:.1f} s" for needs in every]
+    rows["communication"] = [f"{needs.waiting:.1f} s" for needs in every]
+    rows["tokens a second, at best and at worst"] = [
+        " and ".join(f"{needs.tokens / each:,.0f}" for each in needs.seconds) for needs in every
+    ]
+    rows[f"days for {CORPUS / 1e9:.0f} billion tokens"] = [
+        " and ".join(f"{CORPUS / needs.tokens * each / 86400:.0f}" for each in needs.seconds) for needs in every
+    ]
+    lines = [f"| GPUs, layout | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     return "\n".join(lines + [f"| {name} | {' | '.join(values)} |" for name, values in rows.items()])
 
 
