@@ -27,8 +27,8 @@ from benchmarks.record import ROOT, begin, publish
 from moss.model import Decoder, ModelConfig, num_parameters
 from moss.optim import make_optimizer
 from moss.train import loop
-from moss.train.launch import compile_hidden
 from moss.train.loss import next_token
+from moss.train.machine import compile_hidden
 from moss.train.memory import Job, Net
 from moss.train.plan import FIXED, Watch, plan, timed
 

@@ -42,10 +42,10 @@ from moss.data import pairs
 from moss.evals.preference import compare, dial, interval, questions, versus
 from moss.files import replacing
 
-STEPS = {"sft": 800, "reward": 450, "pat": 800, "dpo": 50, "ppo": 48}
+STEPS = {"sft": 800, "reward": 1200, "pat": 800, "dpo": 50, "ppo": 48}
 SAME = ["--batch-tokens", "4096"]  # of `sft` and `pat`, which have everything else in common too
 REPLIES = 15_000  # conversations to learn from, about twice
-PAIRS = 4_000  # questions with six replies each
+PAIRS = 9_000  # questions with six replies each
 HELD_OUT = 200  # questions of the pairs that the preference model is tested on
 QUESTIONS = 300  # that each arm answers
 TEMPERATURES = (0.0, 1.0)  # as `moss chat` answers, and as the model draws

@@ -249,7 +249,7 @@ def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm in float32 that gives back its input's dtype, also where autocast mixes it with another."""
+    """Root-mean-square norm in float32 or better that gives back its input's dtype, also under autocast."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -257,7 +257,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(exact), self.weight.shape, self.weight.to(exact), self.eps).to(x.dtype)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

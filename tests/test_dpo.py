@@ -24,7 +24,7 @@ from moss.data.pairs import Groups, Preference, Reply, answered, encode, to_json
 from moss.log import read as read_log
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
-from moss.train import dpo, launch, loop
+from moss.train import dpo, loop, machine
 from moss.weights import load_model, save_model
 
 LENGTH = 1024
@@ -90,7 +90,7 @@ def config(folder: Path, **more: Any) -> dpo.DPO:
 
 
 def micro(data: dpo.Referenced, position: int, count: int) -> loop.Micro:
-    return launch.to_device(data.batch(position, count), torch.device("cpu"))
+    return machine.to_device(data.batch(position, count), torch.device("cpu"))
 
 
 def gradients(model: Decoder, batches: list[loop.Micro]) -> tuple[float, int, dict[str, Tensor], dict[str, float]]:

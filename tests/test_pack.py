@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from moss.data.pack import Packed, Rows, best_fit, lay, pack
 from moss.model import Decoder, ModelConfig
-from moss.train.launch import to_device
 from moss.train.loss import next_token
+from moss.train.machine import to_device
 
 
 def random_rows(count: int, longest: int, seed: int = 0, vocab: int = 50) -> Rows:

@@ -80,7 +80,8 @@ def test_speakers_who_go_on_and_histories_that_differ() -> None:
     found = from_json(went_on)
     assert [reply.text for reply in found.replies] == ["Hello.", "Go\n\naway."] and found.pairs == [(0, 1)]
     other = from_json({"chosen": texts("Hi", "Hello."), "rejected": texts("Hey", "Hello!")})
-    assert other.history.turns == [Turn("Hi")] and other.pairs == []
+    assert other.history.turns == [Turn("Hi")] and [reply.text for reply in other.replies] == ["Hello."]
+    assert other.pairs == []
     silent = from_json({"chosen": texts("Hi", ""), "rejected": texts("Hi", "What?")})
     assert [reply.text for reply in silent.replies] == ["", "What?"] and silent.pairs == [(0, 1)]
 

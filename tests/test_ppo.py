@@ -24,8 +24,9 @@ from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer
 from moss.tokenizer import Tokenizer
 from moss.train import loop, ppo, rollouts
-from moss.train.launch import to_device
-from moss.train.ppo import PPO, ActorCritic, critic_from, fingerprint, load_judge, ppo_loss, reply_log_probs, why_stop
+from moss.train.machine import to_device
+from moss.train.ppo import PPO, ActorCritic, critic_from, fingerprint, ppo_loss, reply_log_probs, why_stop
+from moss.train.reward import load_judge
 from moss.train.rollouts import FIGURES, Rollouts, fit
 from moss.weights import load_model, save_model
 from tests.ranks import on_ranks

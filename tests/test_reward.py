@@ -24,7 +24,7 @@ from moss.data.pairs import Groups, Preference, Reply, answered, encode, to_json
 from moss.log import read as read_log
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
-from moss.train import launch, loop, reward
+from moss.train import loop, machine, reward
 from moss.weights import load_model, save_model
 
 LENGTH = 1024
@@ -80,7 +80,7 @@ def config(folder: Path, **more: Any) -> reward.Reward:
 
 
 def micro(data: Groups, position: int, count: int) -> loop.Micro:
-    return launch.to_device(data.batch(position, count), torch.device("cpu"))
+    return machine.to_device(data.batch(position, count), torch.device("cpu"))
 
 
 def gradients(model: Decoder, batches: Sequence[loop.Micro]) -> tuple[float, int, dict[str, Tensor]]:

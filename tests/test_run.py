@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -273,6 +274,15 @@ def test_quality_tag_is_written_by_code(tok: Tokenizer) -> None:
     events, engine = run(tok, THINK_ONE, "<|MOSS|>:", SAY, quality=80)
     assert tok.decode(engine.prompts[2]).endswith(": <quality: 80>")
     assert said(events, Reply) == "hello" and turn_of(events).quality == 80
+
+
+def test_only_the_last_reply_is_tagged(tok: Tokenizer) -> None:
+    """Prevents prompts unlike those of training, where earlier replies carry no tag."""
+    turns = [Turn("hi", reply="hello", quality=80), Turn("and now?")]
+    _, engine = run(tok, NOTHING, SAY, on=dataclasses.replace(dialog(), turns=turns), quality=100)
+    prompt = tok.decode(engine.prompts[1])
+    assert prompt.count("<quality:") == 1 and prompt.endswith("<quality: 100>")
+    assert turns[0].quality == 80
 
 
 def test_cut_reply_is_noticed(tok: Tokenizer) -> None:

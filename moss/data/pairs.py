@@ -6,7 +6,7 @@ Two forms are read, one JSON object a line (or a JSON array of them), also mixed
   in `replies`, `order` says which of the two the judge saw first, and a tie is left out, since nothing is learnt of it;
 - `{"chosen": "\\n\\nHuman: …\\n\\nAssistant: …", "rejected": …}`: the turns before the last reply are the history. A
   speaker who goes on after himself has said one text in two parts. Where the two histories differ the replies
-  cannot be compared: such a row gives its history and no pair.
+  cannot be compared: such a row gives its history with the chosen reply, and no pair.
 
     for preference in read("pairs.jsonl"): ...
     groups = Groups(preferences, tok, length=704, seed=0)
@@ -134,8 +134,9 @@ def _pair(value: Any, count: int) -> tuple[int, int] | None:
 
 def _from_texts(chosen: Any, rejected: Any) -> Preference:
     (history, won), (other, lost) = _conversation(chosen, "chosen"), _conversation(rejected, "rejected")
-    pairs = [(0, 1)] if history == other else []
-    return Preference(history, [Reply(won, "chosen"), Reply(lost, "rejected")], pairs)
+    if history != other:
+        return Preference(history, [Reply(won, "chosen")])
+    return Preference(history, [Reply(won, "chosen"), Reply(lost, "rejected")], [(0, 1)])
 
 
 def _conversation(text: Any, name: str) -> tuple[Dialog, str]:

@@ -237,7 +237,9 @@ class _Turn:
         self.engine, self.tok, self.tools, self.options = engine, tok, tools, options
         self.turn = Turn(dialog.turns[-1].human, quality=options.quality)
         switches = {key: on and (key == "thoughts" or key in tools) for key, on in dialog.switches.items()}
-        self.dialog = dataclasses.replace(dialog, switches=switches, turns=[*dialog.turns[:-1], self.turn])
+        # As in training on tags: only the last reply has one.
+        earlier = [dataclasses.replace(turn, quality=None) for turn in dialog.turns[:-1]]
+        self.dialog = dataclasses.replace(dialog, switches=switches, turns=[*earlier, self.turn])
         self.enabled = {key for key, on in switches.items() if on}
         self.shows_thoughts = switches.get("thoughts", True)
         self.lines = SWITCHES | {key: Switch(tool.switch, tool.api) for key, tool in tools.items()}

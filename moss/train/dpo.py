@@ -29,7 +29,7 @@ from moss.data.pairs import Groups
 from moss.data.rows import data_files
 from moss.log import note
 from moss.model import Decoder
-from moss.train import launch
+from moss.train import launch, machine
 from moss.train.loop import Loss, Micro
 from moss.train.ppo import reply_log_probs
 from moss.train.reward import HELD_OUT, MATERIAL, read
@@ -135,7 +135,7 @@ def ask(net: Any, groups: Groups, rows: int) -> np.ndarray:
         own = turn + dist.rank() < len(begins)  # else computed for company: weights are gathered by all
         begin = begins[turn + dist.rank()] if own else 0
         batch = groups.batch(begin, min(rows, len(groups) - begin))
-        found = log_probs(net, launch.to_device(batch, device)).double().cpu().numpy()
+        found = log_probs(net, machine.to_device(batch, device)).double().cpu().numpy()
         there = batch["reply"] >= 0
         if own:
             reference[batch["reply"][there]] = found[there]

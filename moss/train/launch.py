@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -25,7 +24,6 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from moss import checkpoint, dist
 from moss.config import option, to_json
@@ -33,12 +31,13 @@ from moss.data.curriculum import Curriculum, write
 from moss.data.pack import Rows
 from moss.errors import UsageError
 from moss.grow import grow
-from moss.log import RunLog, console, note, span
+from moss.log import RunLog, console, note
 from moss.model import Decoder, Head
 from moss.optim import Optimizers, make_optimizer, rate
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer, add_markers
 from moss.train import loop, lora, memory, peft, plan, report
+from moss.train.machine import COMPILE_PAYS, compile_hidden, pick_device, pick_dtype, to_device
 from moss.weights import load_model
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed (compile and
@@ -47,8 +46,6 @@ from moss.weights import load_model
 FREE = {"data", "valid", "out", "model", "reward", "resume", "compile", "save_every", "plan", "report"}
 FREE |= {"steps", "epochs", "device"}
 MODEL_FILES = ("moss.json", "model.safetensors", "config.json")  # any of these: somebody's model is there
-# Floating-point operations of a run above which the half minute that compiling takes is won back.
-COMPILE_PAYS = {"cpu": 4e13, "cuda": 4e15}
 
 
 class Data(Protocol):
@@ -265,7 +262,7 @@ def train(
     free = plan.free_memory(str(device))
     if not config.micro_tokens:
         then = checkpoint.read_info(start).get("micro_rows") if start else None  # the same sums on any machine
-        micro = then or plan.plan(job, free).micro_tokens // config.length
+        micro = math.gcd(then, own) if then else plan.plan(job, free).micro_tokens // config.length
     net = place(model, device, dtype)
     optimizer = optimizer_of(config, model)  # before anything computes: from then on some weights may stand gathered
     if hasattr(data, "use"):
@@ -483,58 +480,3 @@ def mean_loss(
         return {key: value / max(total, 1) for key, value in zip(sums, values, strict=True)}
 
     return validate
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> loop.Micro:
-    """Arrays as tensors where the model is."""
-    return {name: torch.from_numpy(value).to(device) for name, value in batch.items()}
-
-
-def pick_device(wanted: str) -> str:
-    """The device, checked to be there; over several ranks each has the GPU of its own number."""
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and dist.world() > 1:
-        wanted = f"cuda:{dist.local_rank()}"
-    try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {wanted} cannot be used: {str(error).splitlines()[0]}") from None
-    return wanted
-
-
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
-    """bfloat16 where `auto` finds hardware for it: elsewhere it is slower than float32."""
-    if wanted != "auto":
-        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else False
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        has = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
-    return torch.bfloat16 if has else torch.float32
-
-
-def compile_hidden(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, must: bool) -> None:
-    """Compile `hidden` of every decoder in `net`, proved on one batch; without a working compiler go on uncompiled.
-
-    Over several ranks it is each block, and a compiler that does not work is an error, since it may on other ranks.
-    The head stays out: how many tokens are learnt differs from step to step, and each new shape would compile anew.
-    """
-    began = time.perf_counter()
-    decoders = [module for module in net.modules() if isinstance(module, Decoder)]
-    targets: list[tuple[nn.Module, str]] = [(decoder, "hidden") for decoder in decoders]
-    if dist.world() > 1:  # between blocks weights are gathered, which is no matter for a compiler
-        targets = [(block, "forward") for decoder in decoders for block in decoder.blocks]
-    for module, name in targets:
-        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
-    try:
-        loss_fn(net, batch).total.backward()
-        note(f"compiled in {span(time.perf_counter() - began)}")
-    except (TorchDynamoException, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if must or dist.world() > 1:
-            raise ValueError(f"--compile on: torch.compile does not work here ({reason}); use --compile off") from None
-        note(f"torch.compile does not work here ({reason}): going on without it, slower")
-        for module, name in targets:
-            delattr(module, name)  # the instance's; the class's own stands again
-    net.zero_grad(set_to_none=True)

@@ -36,10 +36,9 @@ from moss.files import replacing, sha256
 from moss.log import bar, console, note
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
-from moss.train import launch
+from moss.train import launch, machine
 from moss.train.loss import next_token
-from moss.train.ppo import load_judge
-from moss.train.reward import score_replies
+from moss.train.reward import load_judge, score_replies
 from moss.train.rl_math import LEVELS, bucket, bucket_edges
 from moss.train.sft import SFT, sections
 
@@ -165,8 +164,8 @@ def scored(found: Sequence[Dialog], config: PAT, judge: str, name: str) -> tuple
         note(f"{len(found):,} scores are those in {path}")
     else:
         tokenizer, model = load_judge(config.reward)
-        device = torch.device(launch.pick_device(config.device))
-        model.to(device, launch.pick_dtype(config.dtype, device))
+        device = torch.device(machine.pick_device(config.device))
+        model.to(device, machine.pick_dtype(config.dtype, device))
         with bar("scores", len(scores), len(found)) as shown:
             while len(scores) < len(found):
                 part = found[len(scores) : len(scores) + SCORED]

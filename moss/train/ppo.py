@@ -30,10 +30,10 @@ from moss.errors import UsageError
 from moss.model import Decoder
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer, require_markers
-from moss.train import launch, lora, peft
+from moss.train import launch, lora, machine, peft
 from moss.train.loop import Loss, Micro
 from moss.train.loss import log_probs_at
-from moss.train.reward import score_replies
+from moss.train.reward import load_judge, score_replies
 from moss.train.rl_math import clipped_policy_loss, clipped_value_loss
 from moss.train.rollouts import FIGURES, Rollouts, fit, read
 from moss.weights import load_model
@@ -72,8 +72,8 @@ def main(config: PPO) -> int:
     if config.max_tokens >= config.length:
         raise UsageError(f"--max-tokens {config.max_tokens} leaves no room for a prompt in --length {config.length}")
     given = data_files(config.data, "--data")
-    device = torch.device(launch.pick_device(config.device))
-    dtype = launch.pick_dtype(config.dtype, device)
+    device = torch.device(machine.pick_device(config.device))
+    dtype = machine.pick_dtype(config.dtype, device)
     with launch.opened(config) as (start, stop):
         tokenizer, model, first, judge_tokenizer, judge = (adapted_roles if config.lora else roles)(config, start)
         frozen = {"reference": fingerprint(first), "reward": fingerprint(judge)}
@@ -177,16 +177,6 @@ def reply_log_probs(model: Decoder, batch: Micro) -> Tensor:
     places, head = learnt(batch), model.embed if model.head is None else model.head
     targets = batch["ids"].flatten()[places]
     return log_probs_at(hidden.flatten(0, 1), places - 1, head.weight, getattr(head, "bias", None), targets)
-
-
-def load_judge(folder: Path) -> tuple[Tokenizer, Decoder]:
-    """The preference model with its own tokenizer."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--reward {folder} holds no preference model; `moss train reward` makes one")
-    model = load_model(folder)
-    if model.head_kind != "scalar":
-        raise ValueError(f"--reward {folder} holds a language model; a preference model has a scalar head")
-    return Tokenizer.load(folder), model
 
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ from moss.log import console, note
 from moss.model import Decoder, ModelConfig
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer
-from moss.train import launch
+from moss.train import launch, machine
 from moss.train.loss import next_token
 from moss.train.tokenizer import EXTENDS
 
@@ -174,8 +174,8 @@ def figures_of(base: Path, held_out: Sequence[mix.Source], config: Pretrain) -> 
         note("no --valid: nothing will tell what is learnt of each language, and what is forgotten")
         return {}
     tokenizer, model = launch.load(config, None, base, chat=False)
-    device = torch.device(launch.pick_device(config.device))
-    net = launch.place(model, device, launch.pick_dtype(config.dtype, device))
+    device = torch.device(machine.pick_device(config.device))
+    net = launch.place(model, device, machine.pick_dtype(config.dtype, device))
     rows = {source.name: read(source, tokenizer, config, "base-") for source in texts}
     figures = Watch(rows, {}, config).bits_per_byte(net)
     note("the base: " + ", ".join(f"{name} {value:.4f} bits per byte" for name, value in figures.items()))

@@ -34,9 +34,10 @@ from moss.data.rows import data_files
 from moss.log import console, note
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
-from moss.train import launch
+from moss.train import launch, machine
 from moss.train.loop import Loss, Micro
 from moss.train.rl_math import bradley_terry
+from moss.weights import load_model
 
 MATERIAL = 8000  # prompts of the scripted teacher where no --data is given
 HELD_OUT = 300  # prompts of its held-out part where no --valid is given
@@ -142,10 +143,20 @@ def score_groups(net: nn.Module, data: pairs.Groups, config: Reward) -> np.ndarr
             own = turn + dist.rank() < len(begins)  # else computed for company: weights are gathered by all
             begin = begins[turn + dist.rank()] if own else 0
             batch = data.batch(begin, min(rows, len(data) - begin))
-            found = scores_at(net, launch.to_device(batch, device)).double().cpu().numpy()  # type: ignore[arg-type]
+            found = scores_at(net, machine.to_device(batch, device)).double().cpu().numpy()  # type: ignore[arg-type]
             there = batch["reply"] >= 0
             scores[batch["reply"][there]] = own * found[there]
     return np.sum(dist.gathered(scores), axis=0)
+
+
+def load_judge(folder: Path) -> tuple[Tokenizer, Decoder]:
+    """The preference model with its own tokenizer."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"--reward {folder} holds no preference model; `moss train reward` makes one")
+    model = load_model(folder)
+    if model.head_kind != "scalar":
+        raise ValueError(f"--reward {folder} holds a language model; a preference model has a scalar head")
+    return Tokenizer.load(folder), model
 
 
 @torch.inference_mode()
@@ -172,7 +183,7 @@ def score_replies(
         last = np.zeros((len(members), max(map(len, members))), dtype=np.int64)
         for line, held in enumerate(members):
             last[line, : len(held)] = np.cumsum(rows.lengths[held]) - 1
-        batch = launch.to_device(lay(rows, members, length, tok.pad) | {"last": last}, device)
+        batch = machine.to_device(lay(rows, members, length, tok.pad) | {"last": last}, device)
         found = scores_at(model, batch).float().cpu().numpy()
         for line, held in enumerate(members):
             scores[held] = found[line, : len(held)]

@@ -36,9 +36,9 @@ from moss.engine.step import Step, runner
 from moss.log import note
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
-from moss.train.launch import to_device
 from moss.train.loop import Micro
 from moss.train.lora import adapters, merge, view
+from moss.train.machine import to_device
 from moss.train.rl_math import gae, kl_k1, whiten
 
 PASSES = 1  # over each block; where training takes longer than writing, a second one costs more than it brings
