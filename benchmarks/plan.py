@@ -28,7 +28,7 @@ from moss.model import Decoder, ModelConfig, num_parameters
 from moss.optim import make_optimizer
 from moss.train import loop
 from moss.train.loss import next_token
-from moss.train.machine import compile_hidden
+from moss.train.machine import compile_blocks
 from moss.train.memory import Job, Net
 from moss.train.plan import FIXED, Watch, plan, timed
 
@@ -78,7 +78,7 @@ def prepared(case: dict[str, Any]) -> Callable[[], None]:
     net = loop.computing_copy(model, getattr(torch, case["dtype"]))
     micro = [batch(config, case["rows"], case["length"]) for _ in range(case["accumulate"])]
     if case["compile"]:
-        compile_hidden(net, micro[0], next_token, must=True)
+        compile_blocks(net, micro[0], next_token, must=True)
     state = loop.State()
 
     def step() -> None:

@@ -24,7 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moss.attention import Documents, document_attention, packed_mask, pick
+
 Head = Literal["lm", "scalar"]
+Mask = Tensor | Documents | None  # bool (B, 1, T, S); a row of documents; None: causal
 
 # Upper bounds of what a config may ask for: far above any model of these families, low enough that a hostile
 # config is refused before anything is built.
@@ -39,10 +42,6 @@ LIMITS = {
     "max_length": 16_777_216,
     "rotary_dim": 4_096,
 }
-BLOCK = 128  # queries computed together in `blockwise_attention`
-BLOCKS_PAY = 1024  # tokens of a row up to which it is used
-CONTINUES = 2**16  # see `packed_mask`; more documents than a row can hold
-SCORES_FIT = 2**26  # and elements of its scores, B x H x T x T: in bfloat16 a layer keeps 0.2 GB of them till backward
 # Keys that each kind of rotary scaling must have and may have, as in Hugging Face's `rope_scaling`.
 SCALINGS: dict[str, tuple[set[str], set[str]]] = {
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}, set()),
@@ -268,7 +267,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 class Attention(nn.Module):
     """Causal self-attention. Scores and softmax are float32 inside `scaled_dot_product_attention` in every dtype; in
-    `blockwise_attention`, for packed rows in compiled training on a CPU, scores are rounded to the dtype before."""
+    `document_attention`, for packed rows on a CPU, scores are rounded to the dtype before."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -284,8 +283,15 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """x (B, T, D) -> (B, T, D). Without a mask it is causal over the T tokens."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        cache: Cache | None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (1, P, D) of the P tokens `only`."""
         batch, length, _ = x.shape
         q, k, v = (proj(x).view(batch, length, -1, self.head_dim) for proj in (self.q, self.k, self.v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -294,32 +300,12 @@ class Attention(nn.Module):
         v = v.transpose(1, 2)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
-        compiled = torch.compiler.is_compiling() and q.device.type == "cpu"  # without compiling blocks are slower
-        fits = length <= BLOCKS_PAY and batch * q.shape[1] * length * length <= SCORES_FIT
-        if mask is not None and cache is None and compiled and fits:
-            y = blockwise_attention(q, k, v, mask)
+        if isinstance(mask, Documents):
+            y = document_attention(q[0], k[0], v[0], mask)[None]
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
-        return self.o(y.transpose(1, 2).reshape(batch, length, -1))
-
-
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """`scaled_dot_product_attention` under a causal mask, `BLOCK` queries at a time against the keys up to them.
-
-    q (B, H, T, E), k and v (B, G, T, E), mask bool (B, 1, T, T) -> (B, H, T, E). Made for training on a CPU, where
-    PyTorch's kernel also computes what lies above the diagonal: forward and backward take about half of its time at
-    512 tokens (compiled), for the memory of all scores (`SCORES_FIT`). Softmax is float32; scores are rounded to the
-    dtype before, which in bfloat16 makes the error 1.7 times that of PyTorch's kernel.
-    """
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    q = q * q.shape[-1] ** -0.5
-    parts = []
-    for begin in range(0, q.shape[2], BLOCK):
-        end = begin + BLOCK
-        scores = (q[:, :, begin:end] @ k[:, :, :end].transpose(2, 3)).float()
-        scores = scores.masked_fill(~mask[:, :, begin:end, :end], -math.inf)
-        parts.append(scores.softmax(dim=3).to(v.dtype) @ v[:, :, :end])
-    return torch.cat(parts, dim=2)
+        y = y.transpose(1, 2).reshape(batch, length, -1)
+        return self.o(y if only is None else pick(y, only))
 
 
 class MLP(nn.Module):
@@ -348,26 +334,23 @@ class Block(nn.Module):
         self.mlp_norm = None if config.family == "moss" else make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: Cache | None) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Mask,
+        cache: Cache | None,
+        only: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, T, D) -> (B, T, D), or (1, P, D) of the P tokens `only`: every token is a key, but only those go on."""
         normed = self.attn_norm(x)
-        attended = self.attn(normed, rotary, mask, cache)
+        attended = self.attn(normed, rotary, mask, cache, only)
+        if only is not None:
+            x, normed = pick(x, only), normed if self.mlp_norm is not None else pick(normed, only)
         if self.mlp_norm is None:
             return x + attended + self.mlp(normed)
         x = x + attended
         return x + self.mlp(self.mlp_norm(x))
-
-
-def packed_mask(segments: Tensor) -> Tensor:
-    """Which tokens of a packed row see each other: same document, not later. (B, T) int -> bool (B, 1, T, T).
-
-    A document numbered d + `CONTINUES` x p goes on from document p, which several may share, and sees that too. Padding
-    (document 0) sees padding, so that no row of the softmax is empty.
-    """
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    query, key = segments[:, :, None], segments[:, None, :]
-    return (((query == key) | ((query // CONTINUES == key) & (key > 0))) & causal)[:, None]
 
 
 class Decoder(nn.Module):
@@ -423,8 +406,12 @@ class Decoder(nn.Module):
         positions: Tensor | None = None,
         segments: Tensor | None = None,
         cache: Cache | None = None,
+        places: Tensor | None = None,
     ) -> Tensor:
-        """ids (B, T) -> hidden states after the final norm (B, T, D). Arguments as in `forward`."""
+        """ids (B, T) -> hidden states after the final norm (B, T, D). Arguments as in `forward`.
+
+        places (P,) asks for those of the flattened rows alone, (P, D); distinct, and with segments none of padding.
+        """
         length = ids.shape[1]
         if length > self.config.max_length:
             raise ValueError(f"{length} tokens are more than the model's max_length {self.config.max_length}")
@@ -432,16 +419,36 @@ class Decoder(nn.Module):
             raise ValueError("with a cache give positions (B, T), and no segments")
         if positions is None:
             positions = torch.arange(length, device=ids.device)[None]
-        angles = positions[..., None, None].float() * self.rotary  # (B, T, 1, R/2)
-        rotary = angles.cos() * self.rotary_factor, angles.sin() * self.rotary_factor
+        if segments is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._hidden_of_documents(ids, positions.expand_as(ids), Documents.of(segments), places)
         mask = None
         if cache is not None:
             mask = cache.mask(length)
         elif segments is not None:
             mask = packed_mask(segments)
+        x = self._through(ids, positions, mask, cache)
+        return x if places is None else x.flatten(0, 1)[places]
+
+    def _hidden_of_documents(
+        self, ids: Tensor, positions: Tensor, documents: Documents, places: Tensor | None
+    ) -> Tensor:
+        """`hidden` of packed rows: nothing is computed for padding, where it gives zeros."""
+        ids_there, positions_there = (x.flatten()[None, documents.places] for x in (ids, positions))
+        only = None if places is None else documents.find(places)
+        x = self._through(ids_there, positions_there, documents, None, only)[0]
+        if places is not None:
+            return x
+        return x.new_zeros(ids.numel(), x.shape[1]).index_put((documents.places,), x).view(*ids.shape, -1)
+
+    def _through(
+        self, ids: Tensor, positions: Tensor, mask: Mask, cache: Cache | None, only: Tensor | None = None
+    ) -> Tensor:
+        """Embedding, blocks and final norm; what `only` leaves out goes no further than it must, to the last keys."""
+        angles = positions[..., None, None].float() * self.rotary  # (B, T, 1, R/2)
+        rotary = angles.cos() * self.rotary_factor, angles.sin() * self.rotary_factor
         x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x, rotary, mask, cache)
+        for number, block in enumerate(self.blocks, start=1):
+            x = block(x, rotary, mask, cache, only if number == len(self.blocks) else None)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from moss.log import RunLog, read
 from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer
 from moss.train import loop
-from moss.train.loss import cross_entropy_at, next_token
-from moss.train.machine import compile_hidden, to_device
+from moss.train.loss import cross_entropy, next_token
+from moss.train.machine import compile_blocks, to_device
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,7 +78,7 @@ def test_cross_entropy_is_the_plain_formula() -> None:
     places, targets = torch.tensor([3, 0, 17, 5, 8, 19, 4]), torch.tensor([1, 10, 0, 4, 4, 2, 9])
     for use_bias in (bias, None):
         plain = F.cross_entropy(F.linear(hidden[places], weight, use_bias), targets, reduction="sum")
-        ours = cross_entropy_at(hidden, places, weight, use_bias, targets, chunk=3)
+        ours = cross_entropy(hidden[places], weight, use_bias, targets, chunk=3)
         assert float(ours.detach()) == pytest.approx(float(plain.detach()), rel=1e-12)
         wanted = [hidden, weight] + ([bias] if use_bias is not None else [])
         for mine, theirs in zip(torch.autograd.grad(2.5 * ours, wanted), torch.autograd.grad(2.5 * plain, wanted)):
@@ -274,11 +274,11 @@ def without_a_compiler() -> None:
     model, batches = model_and_batches()
     batch = batches(0)[0][0]
     before = float(next_token(model, batch)[0].detach())
-    compile_hidden(model, batch, next_token, must=False)
+    compile_blocks(model, batch, next_token, must=False)
     assert float(next_token(model, batch)[0].detach()) == before
     assert all(weight.grad is None for weight in model.parameters())
     with pytest.raises(ValueError, match="--compile off"):
-        compile_hidden(model, batch, next_token, must=True)
+        compile_blocks(model, batch, next_token, must=True)
 
 
 def test_without_a_compiler_training_goes_on() -> None:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from moss import model, tokenizer
+from moss import attention, tokenizer
+from moss.attention import packed_mask
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn
 from moss.data import pairs, preferences
 from moss.data.pairs import Groups, Preference, Reply, answered, encode, from_json, read, to_json
-from moss.model import packed_mask
 from moss.tokenizer import Tokenizer
 
 PROMPTS = list(islice(preferences.prompts(3), 30))
@@ -172,7 +172,7 @@ def test_layout_by_hand(tok: Tokenizer) -> None:
 def test_a_reply_sees_what_it_would_see_alone(tok: Tokenizer) -> None:
     """Prevents replies that see one another or another prompt, and a prompt that sees its replies: what each token
     attends to, put together, is its conversation as `encode` gives it, at positions 0, 1, 2…"""
-    assert pairs.CONTINUES == model.CONTINUES
+    assert pairs.CONTINUES == attention.CONTINUES
     groups = Groups(PROMPTS, tok, 1400)
     seen = 0
     for batch in every_batch(groups, 4):

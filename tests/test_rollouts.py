@@ -205,7 +205,7 @@ def test_a_reply_does_not_depend_on_its_company(tok: Tokenizer) -> None:
 def test_a_compiled_policy_writes_uncompiled(tok: Tokenizer) -> None:
     """Prevents a new compilation for every length of a prompt."""
     model = lively(tok)
-    model.hidden = None  # type: ignore[assignment]  # as `machine.compile_hidden` sets one on the instance
+    model.blocks[0].forward = None  # type: ignore[assignment]  # as `machine.compile_blocks` sets one on the instance
     (reply,) = generate(model, [[5, 6, 7] * 9], [Sampling(temperature=0, max_tokens=3)])
     assert len(reply) == 3
 

@@ -13,11 +13,11 @@ Two forms are read, one JSON object a line (or a JSON array of them), also mixed
     batch = groups.batch(position, 8)       # as of `pack.Packed`, with "last", "pairs" and "reply"
 
 In `Groups` all replies of one prompt lie in one packed row, so that every pair of a prompt is in the same step. The
-prompt stands there once, and each reply with its `<eom>` is a document that goes on from it (`model.packed_mask`): what
-is computed for a reply is what would be computed for the whole conversation, and however many pairs it is in, once.
-An empty reply is a reply (its `<eom>` stands alone). Two replies that give the same ids cannot be told apart: that pair
-is left out. A prompt without a pair, or one that with its replies is longer than a row, is left out and counted.
-This file needs no torch.
+prompt stands there once, and each reply with its `<eom>` is a document that goes on from it (`attention.packed_mask`):
+what is computed for a reply is what would be computed for the whole conversation, and however many pairs it is in,
+once. An empty reply is a reply (its `<eom>` stands alone). Two replies that give the same ids cannot be told apart:
+that pair is left out. A prompt without a pair, or one that with its replies is longer than a row, is left out and
+counted. This file needs no torch.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _conversation(text: Any, name: str) -> tuple[Dialog, str]:
 
 # -- ids -------------------------------------------------------------------------------------------------------------
 
-CONTINUES = 2**16  # `model.CONTINUES`, which this file cannot import: that one needs torch
+CONTINUES = 2**16  # `attention.CONTINUES`, which this file cannot import: that one needs torch
 
 
 def encode(dialog: Dialog, tok: Tokenizer) -> tuple[list[int], int]:

@@ -37,7 +37,7 @@ from moss.optim import Optimizers, make_optimizer, rate
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer, add_markers
 from moss.train import loop, lora, memory, peft, plan, report
-from moss.train.machine import COMPILE_PAYS, compile_hidden, pick_device, pick_dtype, to_device
+from moss.train.machine import COMPILE_PAYS, compile_blocks, pick_device, pick_dtype, to_device
 from moss.weights import load_model
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed (compile and
@@ -293,7 +293,7 @@ def train(
 
     pays = 6.0 * size * config.batch_tokens * steps > COMPILE_PAYS.get(device.type, math.inf)
     if state.step < steps and (config.compile == "on" or (config.compile == "auto" and pays)):
-        compile_hidden(net, batches(state.position)[0][0], loss_fn, must=config.compile == "on")
+        compile_blocks(net, batches(state.position)[0][0], loss_fn, must=config.compile == "on")
     if checkpointing:
         dist.recompute(net)
     if config.plan:

@@ -281,7 +281,8 @@ def view(model: Decoder, head: Head | None = None, *, live: bool = False) -> Dec
     shared: list[Any] = [module for module in model.modules() if module is not own and not list(module.children())]
     shared += model.parameters() if live else []
     twin = copy.deepcopy(model, {id(each): each for each in shared})
-    twin.__dict__.pop("hidden", None)  # a compiled one is bound to the original
+    for module in twin.modules():
+        module.__dict__.pop("forward", None)  # a compiled one is bound to the original
     for _, layer in adapters(twin):
         layer.exact = not live
     if head == "scalar" != model.head_kind:

@@ -47,19 +47,19 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
-def compile_hidden(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, must: bool) -> None:
-    """Compile `hidden` of every decoder in `net`, proved on one batch; without a working compiler go on uncompiled.
+def compile_blocks(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, must: bool) -> None:
+    """Compile every block of the decoders in `net`, proved on one batch; without a working compiler go on uncompiled.
 
-    Over several ranks it is each block, and a compiler that does not work is an error, since it may on other ranks.
-    The head stays out: how many tokens are learnt differs from step to step, and each new shape would compile anew.
+    Over several ranks a compiler that does not work is an error, since it may work on the others. The head stays out:
+    how many tokens are learnt differs from step to step.
     """
     began = time.perf_counter()
-    decoders = [module for module in net.modules() if isinstance(module, Decoder)]
-    targets: list[tuple[nn.Module, str]] = [(decoder, "hidden") for decoder in decoders]
-    if dist.world() > 1:  # between blocks weights are gathered, which is no matter for a compiler
-        targets = [(block, "forward") for decoder in decoders for block in decoder.blocks]
-    for module, name in targets:
-        setattr(module, name, torch.compile(getattr(module, name), dynamic=False))
+    # Each block, not the whole: all share what is compiled once, between them weights may be gathered, and on a CPU the
+    # number of tokens differs from batch to batch.
+    torch._dynamo.config.recompile_limit = 64  # one code serves all blocks, trained or frozen, of policy, critic, …
+    blocks = [block for module in net.modules() if isinstance(module, Decoder) for block in module.blocks]
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=batch["ids"].device.type == "cpu")
     try:
         loss_fn(net, batch).total.backward()
         note(f"compiled in {span(time.perf_counter() - began)}")
@@ -68,6 +68,6 @@ def compile_hidden(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, m
         if must or dist.world() > 1:
             raise ValueError(f"--compile on: torch.compile does not work here ({reason}); use --compile off") from None
         note(f"torch.compile does not work here ({reason}): going on without it, slower")
-        for module, name in targets:
-            delattr(module, name)  # the instance's; the class's own stands again
+        for block in blocks:
+            del block.forward  # the instance's; the class's own stands again
     net.zero_grad(set_to_none=True)

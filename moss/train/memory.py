@@ -20,7 +20,8 @@ from typing import Literal
 
 import torch
 
-from moss.model import BLOCK, BLOCKS_PAY, SCORES_FIT, Decoder, Head, ModelConfig
+from moss.attention import BLOCK
+from moss.model import Decoder, Head, ModelConfig
 from moss.train.lora import PIECE, Spec, base_bytes, num_trainable
 from moss.train.loss import CHUNK
 
@@ -147,9 +148,9 @@ def kept_by_block(net: Net, job: Job, rows: int) -> Bytes:
 def attention_keeps(net: Net, job: Job, rows: int) -> tuple[float, float]:
     """Bytes a token of one block: of queries, keys, values and result; of scores or masks.
 
-    Fused attention keeps one float32 a query and head instead of scores, but outside torch.compile each block a copy of
-    the mask in the computing dtype. `blockwise_attention` keeps all scores up to the diagonal's blocks, in float32
-    and in bfloat16 also rounded.
+    `document_attention` keeps keys and values of every head, and all probabilities up to the diagonal's blocks; counted
+    as if each row were one document, the most there can be. Fused attention keeps one float32 a query and head
+    instead, but outside torch.compile each block a copy of the mask in the computing dtype.
     """
     model, c, length = net.config, job.dtype.itemsize, job.length
     heads, queries, keys = (
@@ -157,10 +158,9 @@ def attention_keeps(net: Net, job: Job, rows: int) -> tuple[float, float]:
         model.num_heads * model.head_dim,
         model.num_kv_heads * model.head_dim,
     )
-    fits = length <= BLOCKS_PAY and rows * heads * length * length <= SCORES_FIT
-    if job.compiled and job.device == "cpu" and fits:
+    if job.device == "cpu":
         seen = sum(min(BLOCK, length - begin) * min(begin + BLOCK, length) for begin in range(0, length, BLOCK))
-        return 4 * queries * c, heads * seen / length * (4 if c == 4 else 4 + c)
+        return (3 + ("o" in _readers(net))) * queries * c, heads * seen / length * c
     return (2 * queries + 2 * keys) * c + 4 * heads, 0.0 if job.compiled else length * c
 
 
@@ -183,7 +183,7 @@ def kept_outside(net: Net, job: Job) -> tuple[float, float]:
         norm = model.hidden * c + 4
     else:
         norm = 4 * model.hidden * (1 if net.lora else 2) + 4
-    return norm, model.rotary_dim * 4 + 8 + job.length
+    return norm, model.rotary_dim * 4 + 8 + (0 if job.device == "cpu" else job.length)
 
 
 # ---------------------------------------------------------------- the moments of a step
@@ -203,17 +203,21 @@ def head_needs(net: Net, job: Job, tokens: float) -> tuple[float, float, float]:
     if net.loss == "scores":
         return 4 * model.hidden * count, wide, wide + 4 * model.hidden * count
     first, second = min(CHUNK, count) * model.vocab_size, min(CHUNK, max(0.0, count - CHUNK)) * model.vocab_size
-    # Of a chunk: logits in float32 with a copy for their logsumexp, or, from bfloat16, with those before the cast; and
-    # of the chunk before what has not been overwritten yet. Then what is added up to the head's gradient.
-    sums = (4 + cast) * (first + table)
     if net.loss == "log-probs":
+        # Of a chunk: logits in float32 with a copy for their logsumexp, or, from bfloat16, with those before the cast;
+        # and of the chunk before what has not been overwritten yet. Then what is added up to the head's gradient.
+        sums = (4 + cast) * (first + table)
         logits = max(8 * first, (4 * first + (4 + c) * second) if cast else 0)
         again = max(10 * first, 2 * first + 10 * second) if cast else max(8 * first, 4 * first + 8 * second)
         trains = net.lora is None or net.rows > 0
         slopes = max(again, (sums - 4 * first * (cast > 0)) * trains, wide + cast * table * trains)
         return learnt, wide + logits, learnt + 4 * table * trains + slopes
-    logits = max(8 * first, (4 + cast) * first + ((4 + c) if cast else 8) * second)
-    return learnt + 4 * table, wide + max(logits, sums), learnt + wide + (4 + cast) * table
+    # Of a chunk: logits and their softmax in float32, and of the one before its gradient. Then what is added to the
+    # head's gradient, which float32 does in place. On a CPU the hidden states of learnt tokens are all there are.
+    held = learnt if job.device == "cpu" else wide
+    logits = max(8 * first, c * first + 8 * second)
+    sums = c * first + (4 + cast) * table * (cast > 0)
+    return learnt + 4 * table, held + max(logits, sums), learnt + held + (4 + cast) * table
 
 
 def moments(job: Job, micro: int) -> dict[str, Bytes]:

@@ -117,7 +117,7 @@ def generate(policy: Decoder, prompts: Sequence[Sequence[int]], samplings: Seque
     prompts, and copies of norms and biases. On a CPU a reply depends on its own prompt and seed alone: through
     kernels whose sums know no neighbours, or, where there are none, one reply at a time.
     """
-    alive = view(policy, live=True)  # the same tensors, without a `hidden` that was compiled for shapes of training
+    alive = view(policy, live=True)  # the same tensors, without blocks that were compiled for training
     on_cpu = next(alive.parameters()).device.type == "cpu"
     if on_cpu and adapters(alive):
         merge(alive)  # the kernels know no adapters
