@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -38,24 +38,21 @@ def packed_mask(segments: Tensor) -> Tensor:
     return (((query == key) | ((query // CONTINUES == key) & (key > 0))) & causal)[:, None]
 
 
-class Span(NamedTuple):
-    """Tokens `begin` to `end` are a document, which goes on from tokens `first` to `last`."""
+class Block(NamedTuple):
+    """Queries `begin` to `end`, which meet the keys `first` to `end` together."""
 
     begin: int
     end: int
-    first: int = 0
-    last: int = 0
+    first: int
+    mask: Tensor  # (queries, M) of the last M keys: -inf where a query may not look; all see the keys before those
 
-    def of(self, x: Tensor) -> Tensor:
-        """What its tokens may see of x (H, N, E): the document gone on from, then its own, (H, S, E)."""
-        own = x[:, self.begin : self.end]
-        return torch.cat((x[:, self.first : self.last], own), dim=1) if self.last > self.first else own
+    @property
+    def queries(self) -> slice:
+        return slice(self.begin, self.end)
 
-    def blocks(self) -> Iterator[tuple[slice, int]]:
-        """(queries, how many keys of `of` the last of them sees), from the last block to the first."""
-        for begin in reversed(range(self.begin, self.end, BLOCK)):
-            end = min(begin + BLOCK, self.end)
-            yield slice(begin, end), self.last - self.first + end - self.begin
+    @property
+    def keys(self) -> slice:
+        return slice(self.first, self.end)
 
 
 @dataclass(frozen=True)
@@ -63,24 +60,36 @@ class Documents:
     """The N tokens of packed rows, without padding and end to end."""
 
     places: Tensor  # (N,) int64, rising: where they stand in the flattened rows
-    spans: list[Span]
+    blocks: list[Block]  # short documents share one, long ones have several
 
     @classmethod
-    def of(cls, segments: Tensor) -> Documents:
-        """From (B, T) int as `packed_mask` takes it, but each document in one piece (ValueError)."""
+    def of(cls, segments: Tensor, dtype: torch.dtype = torch.float32) -> Documents:
+        """From (B, T) int as `packed_mask` takes it, but each document in one piece (ValueError); masks of `dtype`."""
         places = segments.flatten().nonzero().squeeze(1)
         rows, numbers = places // segments.shape[1], segments.flatten()[places]
         new = torch.ones_like(places, dtype=torch.bool)
         new[1:] = (rows[1:] != rows[:-1]) | (numbers[1:] != numbers[:-1])
+        own = new.cumsum(0) - 1  # (N,) each token's document, and the one that it goes on from, itself where none
         borders = [*new.nonzero().squeeze(1).tolist(), len(places)]
-        found: dict[tuple[int, int], Span] = {}
-        names = zip(rows[new].tolist(), numbers[new].tolist(), strict=True)
-        for (row, number), (begin, end) in zip(names, itertools.pairwise(borders), strict=True):
+        found: dict[tuple[int, int], int] = {}
+        before: list[int] = []
+        for document, (row, number) in enumerate(zip(rows[new].tolist(), numbers[new].tolist(), strict=True)):
             if (row, number) in found:
                 raise ValueError(f"row {row}: document {number} lies in several pieces")
-            before = found.get((row, number // CONTINUES))
-            found[row, number] = Span(begin, end, *(before[:2] if before else ()))
-        return cls(places, list(found.values()))
+            before.append(found.get((row, number // CONTINUES), document))
+            found[row, number] = document
+        earlier = torch.tensor(before, dtype=torch.long, device=own.device)[own]
+        blocks = []
+        for begin, end, first in _cut(borders, before):
+            query, key = own[begin:end, None], own[first:end]
+            unseen = (query != key) & (earlier[begin:end, None] != key)
+            unseen[:, begin - first :] |= torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
+            needed = unseen.any(dim=0).nonzero()
+            partly = unseen[:, int(needed[0]) if len(needed) else end - first :]
+            blocks.append(
+                Block(begin, end, first, torch.zeros(partly.shape, dtype=dtype).masked_fill_(partly, -math.inf))
+            )
+        return cls(places, blocks)
 
     def find(self, places: Tensor) -> Tensor:
         """Which of the N tokens stand at these places of the flattened rows; a place with padding is a ValueError."""
@@ -88,6 +97,23 @@ class Documents:
         if not torch.equal(self.places[found], places):
             raise ValueError("a place that was asked for holds padding")
         return found
+
+
+def _cut(borders: Sequence[int], before: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """(begin, end, first key) of blocks of documents, which lie between `borders` and go on from those in `before`."""
+    last: tuple[int, int, int] | None = None  # may still grow
+    for document, (begin, end) in enumerate(itertools.pairwise(borders)):
+        first = borders[before[document]]
+        if last and end - last[0] <= BLOCK and end - min(last[2], first) <= 2 * BLOCK:
+            last = last[0], end, min(last[2], first)
+            continue
+        if last:
+            yield last
+        *whole, rest = range(begin, end, BLOCK)
+        yield from ((at, at + BLOCK, first) for at in whole)
+        last = rest, end, first
+    if last:
+        yield last
 
 
 def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
@@ -98,33 +124,29 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) ->
     """
     q = (q * q.shape[-1] ** -0.5).contiguous()
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0).contiguous() for x in (k, v))
-    return _by_document(q, k, v, documents)
+    return _by_block(q, k, v, documents)
 
 
 @torch.compiler.disable()
-def _by_document(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+def _by_block(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
     """Not for a compiler: how many products there are, and of what size, differs from batch to batch."""
-    return _DocumentAttention.apply(q, k, v, documents.spans, torch.is_grad_enabled())  # type: ignore[no-any-return]
+    return _DocumentAttention.apply(q, k, v, documents.blocks, torch.is_grad_enabled())  # type: ignore[no-any-return]
 
 
 class _DocumentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, spans: list[Span], learn: bool) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, blocks: list[Block], learn: bool) -> Tensor:
         heads, length, size = q.shape
         out, kept = q.new_empty(length, heads, size).transpose(0, 1), []  # laid out as the next matrix reads it
-        future = torch.full((BLOCK, BLOCK), -math.inf, dtype=q.dtype, device=q.device).triu(1)
         with torch.autocast(q.device.type, enabled=False):
-            for span in spans:
-                keys, values = span.of(k), span.of(v)
-                for block, seen in span.blocks():
-                    new = block.stop - block.start
-                    scores = torch.bmm(q[:, block], keys[:, :seen].contiguous().transpose(1, 2))
-                    scores[:, :, seen - new :] += future[:new, :new]
-                    weights = scores.softmax(dim=2)
-                    out[:, block] = torch.bmm(weights, values[:, :seen])
-                    if learn:
-                        kept.append(weights)
-        ctx.spans = spans
+            for block in blocks:
+                scores = torch.bmm(q[:, block.queries], k[:, block.keys].contiguous().transpose(1, 2))
+                scores[:, :, scores.shape[2] - block.mask.shape[1] :] += block.mask
+                weights = scores.softmax(dim=2)
+                out[:, block.queries] = torch.bmm(weights, v[:, block.keys])
+                if learn:
+                    kept.append(weights)
+        ctx.blocks = blocks
         ctx.save_for_backward(q, k, v, *kept)
         return out
 
@@ -132,27 +154,15 @@ class _DocumentAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, *kept = ctx.saved_tensors
         (grad,) = grads
-        to_q, left = torch.empty_like(q), iter(kept)
-        to_k, to_v = (torch.empty_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
-        for span in ctx.spans:
-            keys, values = span.of(k), span.of(v)
-            sums: list[Tensor] = []  # of the keys' gradients and of the values'
-            for block, seen in span.blocks():
-                weights, slope = next(left), grad[:, block].contiguous()
-                to_weights = torch.bmm(slope, values[:, :seen].contiguous().transpose(1, 2))
-                to_scores = torch.ops.aten._softmax_backward_data(to_weights, weights, 2, q.dtype)
-                to_q[:, block] = torch.bmm(to_scores, keys[:, :seen])
-                parts = torch.bmm(to_scores.transpose(1, 2), q[:, block]), torch.bmm(weights.transpose(1, 2), slope)
-                if not sums:  # the last block, which sees every key
-                    sums = [part.to(to_k.dtype) for part in parts]
-                else:
-                    for whole, part in zip(sums, parts, strict=True):
-                        whole[:, :seen] += part
-            own = span.end - span.begin
-            for whole, part in zip((to_k, to_v), sums, strict=True):
-                whole[:, span.begin : span.end] = part[:, -own:]
-                if span.last > span.first:  # set before, since that document stands before this one
-                    whole[:, span.first : span.last] += part[:, :-own]
+        to_q = torch.empty_like(q)
+        to_k, to_v = (torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (k, v))
+        for block, weights in zip(ctx.blocks, kept, strict=True):
+            slope = grad[:, block.queries].contiguous()
+            to_weights = torch.bmm(slope, v[:, block.keys].contiguous().transpose(1, 2))
+            to_scores = torch.ops.aten._softmax_backward_data(to_weights, weights, 2, q.dtype)
+            to_q[:, block.queries] = torch.bmm(to_scores, k[:, block.keys])
+            to_k[:, block.keys] += torch.bmm(to_scores.transpose(1, 2), q[:, block.queries])
+            to_v[:, block.keys] += torch.bmm(weights.transpose(1, 2), slope)
         return to_q, to_k.to(k.dtype), to_v.to(v.dtype), None, None
 
 

@@ -420,7 +420,8 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(length, device=ids.device)[None]
         if segments is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            return self._hidden_of_documents(ids, positions.expand_as(ids), Documents.of(segments), places)
+            documents = Documents.of(segments, self.embed.weight.dtype)
+            return self._hidden_of_documents(ids, positions.expand_as(ids), documents, places)
         mask = None
         if cache is not None:
             mask = cache.mask(length)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moss.attention import BLOCK, CONTINUES, Documents, Span, document_attention, packed_mask, pick
+from moss.attention import BLOCK, CONTINUES, Documents, document_attention, packed_mask, pick
 from moss.model import Decoder, ModelConfig
 
 
@@ -30,13 +30,39 @@ def test_documents_by_hand():
     after = 2 + CONTINUES * 1
     documents = Documents.of(torch.tensor([[1, 1, after, after, 0], [0, 1, 1, 3, 0]]))
     assert documents.places.tolist() == [0, 1, 2, 3, 6, 7, 8]
-    assert documents.spans == [Span(0, 2), Span(2, 4, 0, 2), Span(4, 6), Span(6, 7)]
+    (block,) = documents.blocks
+    assert (block.begin, block.end, block.first) == (0, 7, 0)
+    assert (block.mask == 0).int().tolist() == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1],
+    ]
     assert documents.find(torch.tensor([8, 1])).tolist() == [6, 1]
     with pytest.raises(ValueError, match="padding"):
         documents.find(torch.tensor([1, 4]))
     with pytest.raises(ValueError, match="row 0: document 1 lies in several pieces"):
         Documents.of(torch.tensor([[1, 2, 1]]))
-    assert Documents.of(torch.zeros(2, 3, dtype=torch.long)).spans == []
+    assert Documents.of(torch.zeros(2, 3, dtype=torch.long)).blocks == []
+
+
+def test_blocks_by_hand():
+    """Prevents: masks over keys that all may see, long documents in one block, a block for each short one."""
+    sizes = {1: BLOCK + 5, 2: 20, 3: 30, 4: BLOCK - 10, 5 + CONTINUES * 1: 15}
+    segments = torch.cat([torch.full((size,), name) for name, size in sizes.items()])[None]
+    blocks = Documents.of(segments).blocks
+    ends = torch.tensor(list(sizes.values())).cumsum(0).tolist()
+    assert [(block.begin, block.end, block.first) for block in blocks] == [
+        (0, BLOCK, 0),
+        (BLOCK, ends[2], 0),  # the rest of the first, and two short ones
+        (ends[2], ends[3], ends[2]),
+        (ends[3], ends[4], 0),
+    ]
+    assert blocks[0].mask.shape == (BLOCK, BLOCK - 1)  # all see the first token
+    assert blocks[3].mask.shape == (15, ends[4] - ends[0])
 
 
 def rows(length: int) -> Tensor:

@@ -149,7 +149,7 @@ def attention_keeps(net: Net, job: Job, rows: int) -> tuple[float, float]:
     """Bytes a token of one block: of queries, keys, values and result; of scores or masks.
 
     `document_attention` keeps keys and values of every head, and all probabilities up to the diagonal's blocks; counted
-    as if each row were one document, the most there can be. Fused attention keeps one float32 a query and head
+    as if each row were one document, about the most there can be. Fused attention keeps one float32 a query and head
     instead, but outside torch.compile each block a copy of the mask in the computing dtype.
     """
     model, c, length = net.config, job.dtype.itemsize, job.length
@@ -160,6 +160,7 @@ def attention_keeps(net: Net, job: Job, rows: int) -> tuple[float, float]:
     )
     if job.device == "cpu":
         seen = sum(min(BLOCK, length - begin) * min(begin + BLOCK, length) for begin in range(0, length, BLOCK))
+        seen *= min(rows, max(1, BLOCK // length))  # rows that share a block
         return (3 + ("o" in _readers(net))) * queries * c, heads * seen / length * c
     return (2 * queries + 2 * keys) * c + 4 * heads, 0.0 if job.compiled else length * c
 
