@@ -149,7 +149,49 @@ def lookup_table() -> str:
     return "\n".join(lines)
 
 
+def preference_table() -> str:
+    """What is right in the answers of each arm, and how often it beats fine-tuning; all seeds together."""
+    found = result("preference")
+    many = len(found["seeds"]) * found["questions"]
+    lines = [f"| {many} answers | drawn | right | better than `sft` |", "|---|---|---|---|"]
+    for drawn, pooled in found["pooled"].items():
+        for arm, (right, low, high) in pooled["right"].items():
+            won = pooled["versus"].get(f"{arm} over sft")
+            told = f"{won['rate']:.1%} ({won['low']:.1%} to {won['high']:.1%})" if won else ""
+            lines.append(f"| `{arm}` | {drawn} | {right:.1%} ({low:.1%} to {high:.1%}) | {told} |")
+    return "\n".join(lines)
+
+
+def dial_table() -> str:
+    """What is right in the answers of `moss train pat` at each tag."""
+    pooled = result("preference")["pooled"]
+    tags = next(iter(pooled.values()))["dial"]
+    lines = [f"| right at quality | {' | '.join(tags)} |", "|---" * (len(tags) + 1) + "|"]
+    for name, each in pooled.items():
+        lines.append(f"| {name} | " + " | ".join(f"{each['dial'][tag]:.1%}" for tag in tags) + " |")
+    return "\n".join(lines)
+
+
+def train_table() -> str:
+    """Training on a CPU beside TRL: tokens a second, and how many times that of each arm ours is."""
+    arms = result("train")["arms"]
+    lines = [
+        "| way | numbers | tokens/s | ours to it | peak memory | of the matrix rate |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key, arm in arms.items():
+        name, dtype = key.rsplit(" ", 1)
+        ratio = arms[f"moss {dtype}"]["tokens_per_s"] / arm["tokens_per_s"]
+        share = f"{arm['matmul_share']:.0%}" if "matmul_share" in arm else ""
+        speed, peak = f"{arm['tokens_per_s']:.0f}", f"{arm['peak_bytes'] / 1e9:.2f} GB"
+        lines.append(f"| {name} | {dtype} | {speed} | {ratio:.2f} | {peak} | {share} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "preference": preference_table,
+    "dial": dial_table,
+    "train": train_table,
     "nano": nano_table,
     "speed": speed_table,
     "decode": decode_table,
