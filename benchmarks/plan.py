@@ -33,7 +33,7 @@ from moss.train.memory import Job, Net
 from moss.train.plan import FIXED, Watch, plan, timed
 
 # Name: (config, rows of a micro-batch, their length, micro-batches of a step). Small and large vocabularies, models
-# whose weights weigh most and models whose activations do, rows that blockwise attention takes and rows it does not.
+# whose weights weigh most and models whose activations do, short and long rows.
 CASES: dict[str, tuple[ModelConfig, int, int, int]] = {
     "nano": (ModelConfig.from_depth(4, 2048), 16, 256, 1),
     "nano, 4 micro-batches": (ModelConfig.from_depth(4, 2048), 8, 512, 4),

@@ -4,17 +4,18 @@ Every seed goes the whole road from the bundled model, each stage a command that
 
     replies      the scripted teacher's replies of all six qualities, each as a conversation
     pairs        other questions, six replies each, with the better one of every two
-    sft          `moss train sft` on the replies: it learns the task, and to answer as badly as it is taught
-    reward       `moss train reward` from `sft` on the pairs
-    pat          `moss train pat` on the replies, scored by `reward`
-    dpo          `moss train dpo` from `sft` on the pairs
-    ppo          `moss train ppo` from `sft` on the questions of the replies, with `reward`
+    base         `moss train sft` on the replies: it learns the task, and to answer as badly as it is taught
+    reward       `moss train reward` from `base` on the pairs
+    sft          `moss train sft` from `base`, on the replies again
+    pat          `moss train pat` from `base`, on the replies, scored by `reward`
+    dpo          `moss train dpo` from `base` on the pairs
+    ppo          `moss train ppo` from `base` on the questions of the replies, with `reward`
 
 What is fair: `sft` and `pat` begin with the same model and have the same rows, seed, number of steps, tokens a step and
 rates. All that differs is the tag, and that the tag comes from a preference model, whose pairs SFT never saw. `dpo` and
-`ppo` go on from `sft`, so they have more steps than it, and learn from the same pairs and the same preference model by
-other means; the seconds of each stage stand in the result, and no claim of equal cost is made. The questions have
-phrasings and values that no stage has seen, and the judge is a program.
+`ppo` learn from the same pairs and the same preference model by other means; the seconds of each stage stand in the
+result, and no claim of equal cost is made. The questions have phrasings and values that no stage has seen, and the
+judge is a program.
 
     python -m benchmarks.preference                      # writes benchmarks/results/preference.json
     python -m benchmarks.preference --scale 0.02 --out out/small --seeds 0     # to see the road; nothing is published
@@ -42,13 +43,13 @@ from moss.data import pairs
 from moss.evals.preference import compare, dial, interval, questions, versus
 from moss.files import replacing
 
-STEPS = {"sft": 800, "reward": 1200, "pat": 800, "dpo": 50, "ppo": 48}
-SAME = ["--batch-tokens", "4096"]  # of `sft` and `pat`, which have everything else in common too
-REPLIES = 15_000  # conversations to learn from, about twice
+STEPS = {"base": 800, "reward": 1200, "sft": 400, "pat": 400, "dpo": 50, "ppo": 48}
+SAME = ["--batch-tokens", "4096"]  # of `base`, `sft` and `pat`
+REPLIES = 15_000  # conversations to learn from: twice by `base`, once by `sft` and `pat`
 PAIRS = 9_000  # questions with six replies each
 HELD_OUT = 200  # questions of the pairs that the preference model is tested on
 QUESTIONS = 300  # that each arm answers
-TEMPERATURES = (0.0, 1.0)  # as `moss chat` answers, and as the model draws
+TEMPERATURES = (0.0, 0.7, 1.0)  # the likeliest, as the released model draws, as the model would
 ARMS = ("sft", "pat", "dpo", "ppo")
 WORD = re.compile(r"[一-鿿]|\w+|[^\w\s]")
 RIDGE = 1.0  # of the bag of words
@@ -72,13 +73,13 @@ def material(kind: str, n: int, seed: int, path: Path, split: str = "known") -> 
 
 
 def train(name: str, folder: Path, flags: Sequence[str | Path]) -> float:
-    """A stage into `folder`/NAME unless it is done; its seconds, those before an interruption included."""
+    """A run into `folder`/NAME unless it is done; its seconds, those before an interruption included."""
     out, clock = folder / name, folder / f"{name}.seconds"
     spent = float(clock.read_text()) if clock.exists() else 0.0
     if not (out / "moss.json").exists():
         began = time.perf_counter()
         try:
-            run(["train", name, *flags, "--out", out], name)
+            run(["train", "sft" if name == "base" else name, *flags, "--out", out], name)
         finally:
             spent += time.perf_counter() - began
             clock.write_text(f"{spent:.1f}")
@@ -100,15 +101,16 @@ def walk(seed: int, folder: Path, scale: float) -> dict[str, Any]:
     replies = material("replies", scaled(REPLIES, 120), 100 + seed, folder / "replies.jsonl")
     rows = material("preferences", scaled(PAIRS, 40), 200 + seed, folder / "pairs.jsonl")
     unseen = material("preferences", scaled(HELD_OUT, 10), 300 + seed, folder / "held-out.jsonl", "held_out")
-    first, judge = folder / "sft", folder / "reward"
+    first, judge = ["--model", folder / "base"], folder / "reward"
     learn = {
-        "sft": ["--data", replies, *SAME],
-        "reward": ["--data", rows, "--valid", unseen, "--model", first],
-        "pat": ["--data", replies, "--reward", judge, *SAME],
-        "dpo": ["--data", rows, "--valid", unseen, "--model", first],
-        "ppo": ["--data", replies, "--reward", judge, "--model", first],
+        "base": ["--data", replies, *SAME],
+        "reward": ["--data", rows, "--valid", unseen, *first],
+        "sft": ["--data", replies, *SAME, *first],
+        "pat": ["--data", replies, "--reward", judge, *SAME, *first],
+        "dpo": ["--data", rows, "--valid", unseen, *first],
+        "ppo": ["--data", replies, "--reward", judge, *first],
     }
-    common = ["--seed", str(seed), "--save-every", "50", "--resume"]
+    common = ["--seed", str(seed), "--save-every", "200", "--resume"]
     seconds = {
         name: train(name, folder, [*flags, *common, "--steps", str(scaled(STEPS[name], 2))])
         for name, flags in learn.items()
