@@ -286,41 +286,48 @@ def _seconds(what: Callable[[], Any]) -> float:
 
 def flops(done: dict[str, Any]) -> float:
     """Multiplications and additions of a step that a model needs: forward and backward of every matrix at tokens of
-    conversations, the head where something is learnt, attention inside documents. Padding counts for nothing."""
+    conversations, the head and what follows the last attention where something is learnt, attention inside documents.
+    Padding counts for nothing."""
     hidden, ffn, layers = SIZES["hidden"], SIZES["ffn"], SIZES["num_layers"]
-    matrices = layers * (4 * hidden * hidden + 3 * hidden * ffn)
-    return 6.0 * (matrices * done["tokens"] + hidden * VOCAB * done["learnt"] + 2 * layers * hidden * done["pairs"])
+    after = hidden * hidden + 3 * hidden * ffn
+    products = layers * (3 * hidden * hidden + after) * done["tokens"] + hidden * VOCAB * done["learnt"]
+    products += 2 * layers * hidden * done["pairs"] - after * (done["tokens"] - done["learnt"])
+    return 6.0 * products
 
 
 def measure(chosen: list[Arm], rounds: int, folder: Path, logs: Path) -> dict[str, Any]:
-    """Steps of every arm, round after round, with the matrix rate of each round."""
-    running: list[Process] = []
-    rates: dict[str, list[float]] = {"float32": [], "bfloat16": []}
-    for arm in chosen:
-        print(f"{arm.key}: starting", file=sys.stderr, flush=True)
-        running.append(Process(arm, folder, logs / f"{arm.key}.log"))
-        for _ in range(arm.warm):
-            show(running[-1], running[-1].step())
-    for number in range(rounds):
-        for dtype, found in rates.items():
-            found.append(matmul_rate(dtype))
-            print(f"round {number}: {dtype} {found[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
-        for process in running:
-            show(process, process.step())
-    result: dict[str, Any] = {"matmul": {dtype: {"flops": found} for dtype, found in rates.items()}, "arms": {}}
-    for process in running:
-        counted = process.steps[process.arm.warm :]
-        speeds = [step["tokens"] / step["seconds"] for step in counted]
-        told = {"dtype": process.arm.dtype, "settings": process.arm.settings, "steps": process.steps}
-        told |= {"tokens_per_s": statistics.median(speeds), "peak_bytes": process.end()}
-        if process.arm.settings is None:
-            shares = [
-                flops(step) / step["seconds"] / rate
-                for step, rate in zip(counted, rates[process.arm.dtype], strict=True)
-            ]
-            told |= {"matmul_share": statistics.median(shares)}
-        result["arms"][process.arm.key] = told
+    """Steps of every arm, round after round, with the matrix rate of each round; a dtype's arms, then the other's, for
+    all of them together do not fit into 24 GB."""
+    result: dict[str, Any] = {"matmul": {}, "arms": {}}
+    for dtype in dict.fromkeys(arm.dtype for arm in chosen):
+        running: list[Process] = []
+        for arm in chosen:
+            if arm.dtype == dtype:
+                print(f"{arm.key}: starting", file=sys.stderr, flush=True)
+                running.append(Process(arm, folder, logs / f"{arm.key}.log"))
+                for _ in range(arm.warm):
+                    show(running[-1], running[-1].step())
+        rates: list[float] = []
+        for number in range(rounds):
+            rates.append(matmul_rate(dtype))
+            print(f"round {number}: {rates[-1] / 1e9:.0f} GFLOP/s", file=sys.stderr, flush=True)
+            for process in running:
+                show(process, process.step())
+        result["matmul"][dtype] = {"flops": rates}
+        result["arms"] |= {process.arm.key: told(process, rates) for process in running}
     return result
+
+
+def told(process: Process, rates: list[float]) -> dict[str, Any]:
+    """What an arm did, and the end of it; of ours also the share of the matrix rate."""
+    arm, counted = process.arm, process.steps[process.arm.warm :]
+    found: dict[str, Any] = {"dtype": arm.dtype, "settings": arm.settings, "steps": process.steps}
+    found["tokens_per_s"] = statistics.median(step["tokens"] / step["seconds"] for step in counted)
+    found["peak_bytes"] = process.end()
+    if arm.settings is None:
+        shares = [flops(step) / step["seconds"] / rate for step, rate in zip(counted, rates, strict=True)]
+        found["matmul_share"] = statistics.median(shares)
+    return found
 
 
 def show(process: Process, done: dict[str, Any]) -> None:

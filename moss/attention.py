@@ -124,13 +124,7 @@ def document_attention(q: Tensor, k: Tensor, v: Tensor, documents: Documents) ->
     """
     q = (q * q.shape[-1] ** -0.5).contiguous()
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0).contiguous() for x in (k, v))
-    return _by_block(q, k, v, documents)
-
-
-@torch.compiler.disable()
-def _by_block(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-    """Not for a compiler: how many products there are, and of what size, differs from batch to batch."""
-    return _DocumentAttention.apply(q, k, v, documents.blocks, torch.is_grad_enabled())  # type: ignore[no-any-return]
+    return _apply(_DocumentAttention, q, k, v, documents.blocks, torch.is_grad_enabled())
 
 
 class _DocumentAttention(torch.autograd.Function):
@@ -166,10 +160,9 @@ class _DocumentAttention(torch.autograd.Function):
         return to_q, to_k.to(k.dtype), to_v.to(v.dtype), None, None
 
 
-@torch.compiler.disable()
 def pick(x: Tensor, places: Tensor) -> Tensor:
     """x (1, N, D) at distinct places (P,) -> (1, P, D). A gradient of indexing would add up, which takes far longer."""
-    return _Pick.apply(x, places)  # type: ignore[no-any-return]
+    return _apply(_Pick, x, places)
 
 
 class _Pick(torch.autograd.Function):
@@ -184,3 +177,15 @@ class _Pick(torch.autograd.Function):
         (places,) = ctx.saved_tensors
         (grad,) = grads
         return grad.new_zeros(1, ctx.size, grad.shape[2]).index_copy_(1, places, grad), None
+
+
+def _apply(function: type[torch.autograd.Function], *given: Any) -> Tensor:
+    return function.apply(*given)  # type: ignore[no-any-return]
+
+
+def keep_compiler_out() -> None:
+    """To call before a model is compiled: how many products there are here, and of what size, differs from batch to
+    batch. As a decorator it would import the compiler, a second and a half, into every program that loads a model."""
+    global _apply
+    if not hasattr(_apply, "_torchdynamo_disable"):
+        _apply = torch.compiler.disable(_apply)  # type: ignore[assignment]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from moss import dist
+from moss.attention import keep_compiler_out
 from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer
 from moss.train import loop, lora
@@ -109,6 +110,7 @@ def test_a_compiled_block_keeps_what_the_formula_says(name: str, dtype: str, len
     for layers in (3, 4):
         torch._dynamo.reset()
         model = Decoder(replace(config, num_layers=layers)).to(DTYPES[dtype])
+        keep_compiler_out()
         for block in model.blocks:
             block.forward = torch.compile(block.forward, dynamic=True)
         found.append(saved(model, given))

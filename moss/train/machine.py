@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 
 from moss import dist
+from moss.attention import keep_compiler_out
 from moss.log import note, span
 from moss.model import Decoder
 from moss.train import loop
@@ -56,6 +57,7 @@ def compile_blocks(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, m
     began = time.perf_counter()
     # Each block, not the whole: all share what is compiled once, between them weights may be gathered, and on a CPU the
     # number of tokens differs from batch to batch.
+    keep_compiler_out()
     torch._dynamo.config.recompile_limit = 64  # one code serves all blocks, trained or frozen, of policy, critic, …
     blocks = [block for module in net.modules() if isinstance(module, Decoder) for block in module.blocks]
     for block in blocks:
