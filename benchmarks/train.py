@@ -94,7 +94,7 @@ class Turns:
             found = re.search(r"VmHWM:\s+(\d+) kB", status)
             self.say({"peak_bytes": int(found[1]) * 1024 if found else 0})
             os._exit(0)
-        self.done = {"tokens": 0, "learnt": 0, "pairs": 0, "loss": 0.0}
+        self.done = {"tokens": 0, "learnt": 0, "pairs": 0}
         self.began = time.perf_counter()
 
     def say(self, what: dict[str, Any]) -> None:
