@@ -177,12 +177,12 @@ def by_words(seen: Sequence[pairs.Preference], unseen: Sequence[pairs.Preference
 
 
 def pooled(told: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any]:
-    """The questions of all seeds together: right answers and win rates of each arm over each, with intervals."""
+    """All seeds together: right answers and win rates of each arm over each, with intervals over the questions."""
     name = f"temperature {temperature:g}"
-    found = {arm: np.concatenate([each[name]["levels"][arm] for each in told]) for arm in ARMS}
+    found = {arm: np.array([each[name]["levels"][arm] for each in told]) for arm in ARMS}  # (seeds, questions)
     tags = told[0][name]["dial"]
     return {
-        "right": {arm: [float(levels.mean() / 5), *interval(levels / 5)] for arm, levels in found.items()},
+        "right": {arm: [float(levels.mean() / 5), *interval(levels.mean(axis=0) / 5)] for arm, levels in found.items()},
         "versus": {f"{a} over {b}": versus(found[a], found[b]) for a in ARMS for b in ARMS if a != b},
         "dial": {tag: float(np.mean([each[name]["dial"][tag]["right"] for each in told])) for tag in tags},
     }

@@ -144,7 +144,8 @@ def render(
 
     `loss`: `assistant` learns what the model itself says: thoughts, commands, reply with their end markers, the
     opening of Commands (one pass writes both) and the choice that follows `<eor>`; `paper` learns everything but the
-    meta instruction and the contents of Results; None nothing. The quality tag is never learnt.
+    meta instruction and the contents of Results; None nothing. The quality tag is never learnt, nor is a turn in which
+    the model says nothing, or a reply that is empty.
     `until` cuts a prompt in the last turn, whatever stands there after the cut: `thoughts` ends with the opening
     `<|Inner Thoughts|>:` after the question, `results` after the last round's `<eor>`, where the model chooses its next
     marker, `reply` with the opening `<|MOSS|>:` and the quality tag if one is set.
@@ -166,10 +167,12 @@ def render(
         kept += 1
     ids: list[int] = []
     mask: list[int] = []
-    for piece in (*head, *(piece for turn in turns[:kept] for piece in turn)):
-        learnt = loss is not None and (piece.own if loss == "assistant" else piece.paper)
-        ids.extend(piece.ids)
-        mask.extend([int(learnt)] * len(piece.ids))
+    said = [_says(turn) for turn in dialog.turns[:kept]]
+    for spoken, pieces in ((False, head), *zip(said, turns)):
+        for piece in pieces:
+            learnt = spoken and loss is not None and (piece.own if loss == "assistant" else piece.paper)
+            ids.extend(piece.ids)
+            mask.extend([int(learnt)] * len(piece.ids))
     if loss is not None and 1 not in mask:
         raise ValueError("nothing in this row is learnt; it has no thoughts, commands or reply")
     return ids, mask
@@ -203,6 +206,12 @@ def trim(
         while cut < last and before - tails[cut + 1] <= step:
             cut += 1
     return (replace(dialog, turns=dialog.turns[cut:]) if cut else dialog), cut
+
+
+def _says(turn: Turn) -> bool:
+    """Whether the model says anything in a turn: a question without an answer would teach it to answer nothing."""
+    texts = (text for item in turn.rounds for text in (item.thoughts, item.commands))
+    return bool(turn.reply.strip()) or any(text.strip() not in ("", NONE) for text in texts)
 
 
 def _length(pieces: Iterable[_Piece]) -> int:
@@ -314,7 +323,8 @@ def _human(turn: Turn, tok: Tokenizer) -> Iterator[_Piece]:
 
 def _reply(turn: Turn, tok: Tokenizer, chosen: bool, cut: bool) -> Iterator[_Piece]:
     """The reply; `chosen` where the model picked its marker, `cut` to stop before the text."""
-    yield _Piece(tok.opening("<|MOSS|>"), chosen, True)
+    told = bool(turn.reply.strip())
+    yield _Piece(tok.opening("<|MOSS|>"), chosen and told, told)
     if turn.quality is not None:
         if turn.quality not in QUALITIES:
             raise ValueError(f"quality {turn.quality} is none of {', '.join(map(str, QUALITIES))}")
@@ -322,9 +332,9 @@ def _reply(turn: Turn, tok: Tokenizer, chosen: bool, cut: bool) -> Iterator[_Pie
     if cut:
         return
     left, right = _edges(turn, "reply")
-    yield _Piece(tok.encode(left + turn.reply + right), True, True)
-    yield _Piece(tok.marker("<eom>"), True, True)
-    yield _Piece(tok.encode_again("\n"), False, True)
+    yield _Piece(tok.encode(left + turn.reply + right), told, told)
+    yield _Piece(tok.marker("<eom>"), told, told)
+    yield _Piece(tok.encode_again("\n"), False, told)
 
 
 # -- a conversation from ids -----------------------------------------------------------------------------------------

@@ -101,8 +101,11 @@ def open_chat(config: Chat) -> session.Chat:
         seed=config.seed,
         deterministic=config.deterministic,
     )
-    if stage(config.model) == "pretrain":
+    made_by = stage(config.model)
+    if made_by == "pretrain":
         note("this is a base model: it continues text, and learns to answer only by `moss train sft`")
+    if config.quality is not None and made_by != "pat":
+        note("--quality is a dial of models made by `moss train pat`; this one may not know its tag, and answer worse")
     return chat
 
 

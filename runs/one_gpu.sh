@@ -4,7 +4,7 @@
 #
 #   runs/one_gpu.sh --base models/Qwen3-0.6B                            with what the scripted teacher writes
 #   runs/one_gpu.sh --base models/Qwen3-0.6B --data mine.jsonl          with your conversations: MOSS, OpenAI or ShareGPT
-#   runs/one_gpu.sh --base models/moss-16B --lora r=16,base=int4        frozen weights of four bits: 16B on 24 GB
+#   runs/one_gpu.sh --base models/Qwen3-0.6B --lora r=64                 a larger adapter
 #   runs/one_gpu.sh --base models/Qwen3-0.6B --scale 0.01 --out out/ci  a hundredth of the material, to see that it works
 #
 # It can be stopped and started again at any time: finished stages are skipped, an interrupted one goes on where it was.
@@ -40,6 +40,8 @@ done
 [[ $SCALE =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ ]] || fail "--scale $SCALE is not a number such as 0.01" 2
 [[ $SEED =~ ^[0-9]+$ ]] || fail "--seed $SEED is not a whole number" 2
 [[ $LENGTH =~ ^[0-9]+$ ]] || fail "--length $LENGTH is not a whole number" 2
+# Each stage goes on from the merged weights of the one before; rounded to integers again these would lose what it learnt.
+[[ $LORA != *base=* ]] || fail "--lora $LORA: the script has several stages, and integers are for a single one; leave base= out" 2
 for given in "$DATA" "$PAIRS"; do
   [ -z "$given" ] || [ -e "$given" ] || fail "there is no $given" 2
 done

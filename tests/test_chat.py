@@ -255,6 +255,20 @@ def test_paper_mask(tok: Tokenizer) -> None:
     ]
 
 
+def test_silence_is_not_learnt(tok: Tokenizer) -> None:
+    """A last question without an answer, as many chat files have it, taught the model to answer nothing."""
+    said = Turn("a", [], "b")
+    for loss in ("assistant", "paper"):
+        alone = render(Dialog("M", {}, [said]), tok, loss=loss)
+        ids, mask = render(Dialog("M", {}, [said, Turn("c")]), tok, loss=loss)
+        assert (ids[: len(alone[0])], mask[: len(alone[0])]) == alone and not any(mask[len(alone[0]) :])
+        for silent in (Turn("a"), Turn("a", [Round("", "", "")]), Turn("a", [], " ")):
+            with pytest.raises(ValueError, match="nothing in this row is learnt"):
+                render(Dialog("M", {}, [silent]), tok, loss=loss)
+    thought = masked(tok, Dialog("M", {}, [Turn("a", [Round("b")])]), "assistant")
+    assert [text for text, learnt in thought if learnt] == [" b<eot>\n<|Commands|>: None<eoc>"]
+
+
 def test_masks_of_other_forms(tok: Tokenizer) -> None:
     """Without rounds nobody chooses <|MOSS|>: code writes it, so it is not the model's to learn."""
     dialog = Dialog("M", {}, [Turn("a", [], "b")])

@@ -364,9 +364,10 @@ def test_files(tmp_path: Path) -> None:
         file.write_text(content, encoding="utf-8")
         assert [row for _, row in read_rows(file)] == rows
         assert [d.turns[0].human for d in read(file)] == ["a\u2028b", "Do both."]
-    file.write_bytes(b'{"chat": 1}\n\xff\xfe')
-    with pytest.raises(ValueError, match=r"rows:\d: not UTF-8"):
-        list(read_rows(file))
+    for before in (1, 50, 2000):  # lines are read in blocks, and the whole block is what cannot be decoded
+        file.write_bytes(b'{"chat": 1}\n' * before + b"\xff\xfe\n" + b'{"chat": 1}\n' * 50)
+        with pytest.raises(ValueError, match=rf"rows:{before + 1}: not UTF-8"):
+            list(read_rows(file))
 
 
 def test_results_go_to_the_call_they_name() -> None:
@@ -449,6 +450,15 @@ def test_show_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     out = capsys.readouterr().out
     ids, mask = render(DIALOG, Tokenizer.load(tmp_path), loss="assistant")
     assert "<|Human|>: Do both.<eoh>" in out and f"{len(ids)} tokens, {sum(mask)} learnt" in out
+    bare = json.loads(tok.to_json())  # a base that knows no marker is shown as it will be trained
+    markers = [token["content"] for token in bare["added_tokens"][1:]]
+    bare["added_tokens"] = bare["added_tokens"][:1]
+    bare["model"]["vocab"] = {sign: i for sign, i in bare["model"]["vocab"].items() if sign not in markers}
+    bare["model"]["vocab"] = {sign: i for i, sign in enumerate(bare["model"]["vocab"])}
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    assert not Tokenizer.load(tmp_path / "bare.json").has_markers
+    assert main(Show(file, count=1, tokenizer=tmp_path / "bare.json")) == 0
+    assert "<|Human|>: Do both.<eoh>" in capsys.readouterr().out
     with pytest.raises(ValueError, match="has no row 5"):
         main(Show(file, start=5))
 

@@ -49,8 +49,16 @@ def test_versus_by_hand() -> None:
     assert (back["win"], back["low"], back["high"]) == (told["loss"], 1 - told["high"], 1 - told["low"])
     better = versus(np.full(50, 4), np.r_[np.full(48, 2), 4, 5])
     assert better["rate"] == pytest.approx((48 + 0.5) / 50) and better["low"] > 0.9
-    with pytest.raises(ValueError, match="levels of 3 and of 4 questions"):
+    with pytest.raises(ValueError, match="levels of 3 and 4 questions"):
         versus(np.zeros(3), np.zeros(4))
+
+
+def test_the_same_questions_are_not_more_because_several_trainings_answer_them() -> None:
+    """Prevents an interval that shrinks by the root of the number of seeds, as though each had other questions."""
+    a, b = np.random.default_rng(0).integers(0, 6, (2, 100))
+    once, thrice = versus(a, b), versus(np.array([a, a, a]), np.array([b, b, b]))
+    assert thrice["n"] == 300 and once["n"] == 100
+    assert {**thrice, "n": 100} == pytest.approx(once)
 
 
 def test_the_interval_is_that_of_a_mean() -> None:

@@ -231,6 +231,8 @@ def test_what_is_left_out_is_counted(tok: Tokenizer) -> None:
     assert groups.preferences == [same] and groups.replies == [(0, 0), (0, 2)] and groups.pairs.tolist() == [[0, 1]]
     with pytest.raises(ValueError, match="1 rows have no pair, and of 1 the replies do not fit --length 100"):
         Groups([none, long], tok, 100)
+    with pytest.raises(ValueError, match="the data hold no row"):
+        Groups([], tok, 100)
 
 
 def test_the_record_tells_other_data_apart(tok: Tokenizer) -> None:

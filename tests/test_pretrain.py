@@ -94,7 +94,7 @@ def test_bits_per_byte_by_hand(made: Path, tmp_path: Path) -> None:
     assert found == {
         "bits_per_byte_text": pytest.approx(count * math.log2(tok.vocab_size) / sum(map(len, map(str.encode, texts))))
     }
-    lost = pretrain.Watch({"text": rows}, {"text": 1.5}, config)(blank)
+    lost = pretrain.Watch({"text": rows}, {"text": 1.5, "gone": 1.0}, config)(blank)  # resumed with fewer --valid
     assert lost["forgetting_text"] == pytest.approx(found["bits_per_byte_text"] - 1.5)
 
 
@@ -248,6 +248,19 @@ def test_another_language_is_learnt_and_the_first_is_watched(
         tok.sha256 == Tokenizer.load(made / "zhtok").sha256
         and load_model(tmp_path / "run").config.vocab_size == tok.vocab_size
     )
+
+
+def test_forgetting_is_told_of_tokens_too(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """With --valid as a folder of shards `no --valid` was said, and what was forgotten was not."""
+    for name in ("base", "zhtok"):
+        prepare([made / "en_valid.jsonl"], Tokenizer.load(made / name), tmp_path / name)
+    config = cross(made, model=made / "base", valid=[Path(f"en={tmp_path}/base")], steps=1, unfreeze=[])
+    assert pretrain.main(dataclasses.replace(config, out=tmp_path / "one")) == 0
+    assert "forgetting_en" in capsys.readouterr().err
+    other = dataclasses.replace(config, model=made / "zhtok", valid=[Path(f"en={tmp_path}/zhtok")])
+    assert pretrain.main(dataclasses.replace(other, out=tmp_path / "two")) == 0
+    said = capsys.readouterr().err
+    assert "--valid en: tokens that the base does not read" in said and "no --valid" not in said
 
 
 def test_what_is_not_given_comes_from_the_paper(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

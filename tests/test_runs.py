@@ -170,6 +170,7 @@ def tiny_qwen3(folder: Path) -> Path:
         (["--bass", "x"], "--bass"),
         (["--base", "moss/models/nano", "--scale", "x"], "x is not a number"),
         (["--base", "moss/models/nano", "--data", "/nowhere.jsonl"], "there is no /nowhere.jsonl"),
+        (["--base", "moss/models/nano", "--lora", "r=16,base=int4"], "several stages"),
     ],
 )
 def test_one_gpu_refuses_what_cannot_work_before_anything_is_made(argv: list[str], words: str):

@@ -319,6 +319,14 @@ def test_a_base_model_is_called_one(model_folder: Path, capfd: pytest.CaptureFix
         assert ("this is a base model" in capfd.readouterr().err) == told
 
 
+def test_a_dial_that_the_model_does_not_have_is_told(model_folder: Path, capfd: pytest.CaptureFixture[str]):
+    """`--quality 20` of the bundled model made 37*12 "37", and nothing said that it had never seen a tag."""
+    for stage, quality, told in (("sft", 20, True), ("sft", None, False), ("pat", 20, False)):
+        (model_folder / "moss.json").write_text(json.dumps({"stage": stage}))
+        assert terminal.main(Chat(model=str(model_folder), prompt="hi", max_tokens=1, quality=quality)) == 0
+        assert ("--quality is a dial of models made by" in capfd.readouterr().err) == told
+
+
 # ---------------------------------------------------------------------------------------------------- a real terminal
 
 CHILD = """

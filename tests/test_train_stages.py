@@ -20,16 +20,19 @@ from moss import checkpoint
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn, render
 from moss.data import pairs
 from moss.data.dialogs import to_row
-from moss.data.pack import Rows
+from moss.data.pack import Packed, Rows
 from moss.data.rows import by_section, of_dialogs
 from moss.log import read as read_log
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
 from moss.train import dpo, launch, loop, pat, ppo, pretrain, reward, sft
 from moss.train import tokenizer as tokenizer_stage
+from moss.train.loss import next_token
+from moss.train.machine import to_device
 from moss.weights import load_model, save_model
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
 
 
 def dialog(number: int, *, reply: bool = True) -> Dialog:
@@ -452,9 +455,87 @@ def test_many_conversations_are_rendered_apart_alike(made: Path, monkeypatch: py
 def test_a_row_without_anything_to_learn_is_an_error(made: Path) -> None:
     """Prevents rows that cost time and teach nothing, which no loss curve would show."""
     tok = Tokenizer.load(made / "tok")
-    blank = Dialog("Be MOSS.", {}, [])
-    with pytest.raises(ValueError, match="conversation 3: "):
-        of_dialogs([dialog(1), dialog(2), blank, dialog(3)], tok, "assistant", 256)
+    with pytest.raises(ValueError, match="conversation 3: nothing in this row is learnt"):
+        of_dialogs([dialog(1), dialog(2), dialog(3, reply=False), dialog(4)], tok, "assistant", 256)
+
+
+def test_a_row_that_cannot_be_learnt_is_named_by_file_and_line(made: Path, tmp_path: Path) -> None:
+    """A number among the conversations of all files, which nobody can count; questions that taught to say nothing."""
+    good, asked = {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Is it?"}
+    call = {"id": "a", "type": "function", "function": {"name": "Search", "arguments": "{}"}}
+    called = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "a", "content": "1"}]
+    (tmp_path / "good.jsonl").write_text("\n" + json.dumps({"messages": [asked, good]}) + "\n")
+    for number, (messages, words) in enumerate(
+        (
+            ([asked], "nothing in this row is learnt"),
+            ([asked, {"role": "assistant", "content": None}], "nothing in this row is learnt"),
+            ([asked, *called * 5, good], "at most 4 rounds; this one has 5"),
+        )
+    ):
+        bad = tmp_path / f"bad{number}.jsonl"
+        bad.write_text("".join(json.dumps({"messages": each}) + "\n\n" for each in ([asked, good], messages)))
+        data = [tmp_path / "good.jsonl", bad]
+        with pytest.raises(ValueError, match=rf"bad{number}\.jsonl:3: .*{words}"):
+            sft.main(sft_config(made, out=tmp_path / "run", steps=1, data=data))
+
+
+def test_the_report_of_a_tokenizer_shows_every_language(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sample was of the first 14,000 texts, so that a language in a later file was not reported at all."""
+    for name, text in (("en", "a number: "), ("zh", "一个数字是")):
+        rows = (json.dumps({"text": text + str(number)}, ensure_ascii=False) for number in range(15_000))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    data = [tmp_path / "en.jsonl", tmp_path / "zh.jsonl"]
+    stage = tokenizer_stage.TrainTokenizer(data=data, vocab_size=300, out=tmp_path / "tok")
+    assert tokenizer_stage.main(stage) == 0
+    said = capsys.readouterr().err
+    assert "Chinese" in said and "other" in said
+    before = (tmp_path / "tok/tokenizer.json").read_bytes()
+    with pytest.raises(ValueError, match="which must stay"):  # it would be gone, and extends.json name itself
+        tokenizer_stage.main(dataclasses.replace(stage, vocab_size=320, extend=tmp_path / "tok"))
+    assert (tmp_path / "tok/tokenizer.json").read_bytes() == before
+
+
+def test_turns_that_are_cut_are_counted(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Turns that went silently, while the count said that no conversation was lost."""
+    tok = Tokenizer.load(made / "tok")
+    length = max(len(render(Dialog(d.meta, d.switches, d.turns[:1]), tok)[0]) for d in map(dialog, range(40)))
+    sft.read([made / "chat.jsonl"], tok, sft_config(made, length=length))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "40 conversations of 40 turns; 14 turns dropped" in said and "0 conversations whose first turn" in said
+
+
+def test_validation_takes_no_more_rows_at_a_time_than_memory_allows(made: Path) -> None:
+    """A step of 2.6M tokens is trained in parts, but was validated in one piece, which no card holds."""
+    tok, sizes = Tokenizer.load(made / "tok"), []
+
+    def seen(net: torch.nn.Module, batch: loop.Micro) -> loop.Loss:
+        sizes.append(batch["ids"].numel())
+        return loop.Loss(torch.zeros(()), 1)
+
+    config = sft_config(made, length=256, batch_tokens=256 * 1024)
+    data = sft.read([made / "chat.jsonl"] * 8, tok, config)
+    assert len(data) * 256 > launch.AT_ONCE
+    launch.mean_loss(data, seen, config)(torch.nn.Linear(1, 1))
+    assert max(sizes) == launch.AT_ONCE and sum(sizes) == len(data) * 256
+
+
+def test_a_run_goes_on_from_a_model_of_its_own_size_only(made: Path, tmp_path: Path) -> None:
+    """`--resume --model OTHER` went on with the old weights and wrote the other's name into moss.json."""
+    assert sft.main(sft_config(made, out=tmp_path / "run", steps=1)) == 0
+    other = Decoder(ModelConfig.from_depth(2, 500, max_length=512))
+    save_model(other, tmp_path / "other")
+    with pytest.raises(ValueError, match="is of another size than --model"):
+        sft.main(sft_config(made, out=tmp_path / "run", steps=2, model=tmp_path / "other", resume=True))
+
+
+@pytest.mark.parametrize("width", ["int8", "int4"])
+def test_integers_are_not_made_twice_of_what_an_adapter_changed(width: str, made: Path, tmp_path: Path) -> None:
+    """On the same grid every weight rounds back to what it was: the second stage began without the first."""
+    assert sft.main(sft_config(made, out=tmp_path / "one", steps=1, lora=f"r=2,base={width}")) == 0
+    again = sft_config(made, out=tmp_path / "two", steps=1, model=tmp_path / "one", lora=f"r=2,base={width}")
+    with pytest.raises(ValueError, match=f"{width} weights with an adapter merged into them"):
+        sft.main(again)
+    assert sft.main(dataclasses.replace(again, lora="r=2")) == 0
 
 
 def test_learnt_tokens_by_section(made: Path) -> None:
@@ -476,6 +557,62 @@ def test_learnt_tokens_by_section(made: Path) -> None:
     assert sum(learnt for _, learnt in counts.values()) == rows.mask.sum()
     plain = Rows.of([([*tok.encode("one"), tok.eos], [1] * (len(tok.encode("one")) + 1)), ([20, tok.eos], [1, 1])])
     assert by_section(plain, tok) == {"text": (len(plain.ids), len(plain.ids))}
+
+
+@pytest.mark.parametrize("loss", ["assistant", "paper"])
+def test_a_step_is_the_plain_formula_in_float64(loss: Any, made: Path) -> None:
+    """Prevents any slip between conversation and gradient: a wrong mask, a shifted target, documents that see each
+    other. Loss and every gradient equal the formula on conversations that are computed one at a time."""
+    tok, model = Tokenizer.load(made / "base"), lively_base(made).double()
+    data = sft.read([made / "chat.jsonl"], tok, sft_config(made, loss=loss, length=1024))
+    assert len(data) < 10
+    found, count, grads = sft_gradients(model, [to_device(data.batch(0, len(data)), CPU)])
+    model.zero_grad()
+    losses = []
+    for number in range(40):
+        ids, mask = render(dialog(number), tok, loss=loss)
+        told = model(torch.tensor([ids]))[0].log_softmax(dim=-1)
+        losses += [-told[at - 1, ids[at]] for at in range(1, len(ids)) if mask[at]]
+    mean = torch.stack(losses).mean()
+    mean.backward()
+    assert count == len(losses)
+    assert found == pytest.approx(float(mean.detach()), rel=1e-12)
+    for mine, weight in zip(grads, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, weight.grad, rtol=1e-10, atol=1e-12)
+
+
+def test_packed_is_unpacked_and_one_by_eight_is_eight_by_one(made: Path) -> None:
+    """Prevents leakage and a mean of means in gradients too: loss and gradient agree to 1e-6 in float32, with many
+    conversations in a row, with one, and in micro-batches of one row."""
+    tok, model = Tokenizer.load(made / "base"), lively_base(made)
+    rows = sft.read([made / "chat.jsonl"], tok, sft_config(made)).rows
+    packed, alone = Packed(rows, 1024), Packed(rows, int(rows.lengths.max()))
+    assert len(packed) < 10 and len(alone) == len(rows)
+    whole = sft_gradients(model, [to_device(packed.batch(0, len(packed)), CPU)])
+    for data, micro in ((packed, 1), (alone, len(alone)), (alone, 1)):
+        batches = [to_device(data.batch(at, micro), CPU) for at in range(0, len(data), micro)]
+        loss, count, grads = sft_gradients(model, batches)
+        assert count == whole[1] and loss == pytest.approx(whole[0], rel=1e-6)
+        ours, theirs = (torch.cat([grad.flatten() for grad in each]) for each in (grads, whole[2]))
+        assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
+
+
+def lively_base(made: Path) -> Decoder:
+    """The toy with weights that are far from those of a beginning, where residual outputs are zero."""
+    model = load_model(made / "base").float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.normal_(0, weight.shape[1] ** -0.5, generator=generator)
+    return model
+
+
+def sft_gradients(model: Decoder, batches: list[loop.Micro]) -> tuple[float, int, list[torch.Tensor]]:
+    """(mean loss, learnt tokens, gradients) of one step of the loop."""
+    model.zero_grad()
+    loss, _, count, _ = loop.gradients(model, model, next_token, batches)
+    return loss, count, [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
 
 
 def test_stages_share_one_set_of_flags() -> None:

@@ -18,10 +18,11 @@ from __future__ import annotations
 import json
 import re
 import sys
+from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -46,7 +47,7 @@ from moss.config import option
 from moss.data.messages import Row, from_openai, from_sharegpt, joined, suffix, text_of, to_openai, to_sharegpt
 from moss.errors import UsageError, plain
 from moss.files import replacing
-from moss.tokenizer import Tokenizer
+from moss.tokenizer import Tokenizer, add_markers
 from moss.tokenizer import load as load_tokenizer
 
 Format = Literal["moss", "openai", "sharegpt"]
@@ -91,20 +92,29 @@ def read(path: str | Path) -> Iterator[Dialog]:
             raise ValueError(f"{place}: {error}") from None
 
 
+def place(paths: Sequence[str | Path], number: int) -> str:
+    """Where the conversation of this number, counted from 1 through all files, stands."""
+    places = (where for path in paths for where, _ in read_rows(path))
+    return next(islice(places, number - 1, None))
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
     """(place, JSON value) of every row; `place` is FILE:LINE, or FILE: row N in a JSON array."""
     path = Path(path)
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        number = 0
-        try:
-            for number, line in enumerate(file, 1):
-                if number == 1 and line.lstrip().startswith("["):
-                    rows = _load(line + file.read(), str(path))
-                    yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, 1))
-                elif line.strip():
-                    yield f"{path}:{number}", _load(line, f"{path}:{number}")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number + 1}: not UTF-8 ({error.reason})") from None
+    with path.open("rb") as file:  # not as text, which is decoded in blocks of many lines
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.removeprefix(BOM_UTF8).lstrip().startswith(b"["):
+                rows = _load(_text(line + file.read(), str(path)), str(path))
+                yield from ((f"{path}: row {i}", row) for i, row in enumerate(rows, 1))
+            elif text := _text(line, f"{path}:{number}").strip():
+                yield f"{path}:{number}", _load(text, f"{path}:{number}")
+
+
+def _text(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place}: not UTF-8 ({error.reason})") from None
 
 
 def _load(text: str, place: str) -> Any:
@@ -316,6 +326,7 @@ def _show(config: Show) -> int:
     if config.start < 1 or config.count < 1:
         raise UsageError(f"--start {config.start} --count {config.count}: both must be 1 or more")
     tok = load_tokenizer(config.tokenizer) if config.tokenizer else None
+    tok = add_markers(tok) if tok and not tok.has_markers else tok  # as `moss train sft` does
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     shown = 0
     for number, dialog in enumerate(read(config.file), 1):

@@ -221,6 +221,8 @@ class Groups:
             self.replies += [(len(self.preferences), number) for number in prompt.replies]
             self.preferences.append(preference)
             self._prompts.append(prompt)
+        if not any((self._prompts, *self.dropped.values())):
+            raise ValueError("there is no preference to learn from: the data hold no row")
         if not self._prompts:
             raise ValueError(
                 f"there is no preference to learn from: {self.dropped['no pair']} rows have no pair, and of "

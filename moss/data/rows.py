@@ -34,6 +34,14 @@ CHUNK = 512  # rows handed to a process at a time
 ALONE = 4096  # rows up to which starting processes costs more than it saves
 
 
+class Unusable(ValueError):
+    """A conversation that cannot be trained on: its number, counted from 1, and why."""
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(f"conversation {number}: {reason}")
+        self.number, self.reason = number, reason
+
+
 def data_files(paths: Sequence[Path], what: str) -> list[Path]:
     """The files that `paths` name, a folder standing for the .jsonl, .json and .txt files in it, in order of name.
 
@@ -99,7 +107,7 @@ def of_dialogs(dialogs: Iterable[Dialog], tok: Tokenizer, loss: Loss, length: in
         done = _render_apart(itertools.chain(first, chunks), tok, loss, length, workers)
     for number, (_, _, wrong) in enumerate(done):
         if wrong:
-            raise ValueError(f"conversation {number * CHUNK + wrong[0] + 1}: {wrong[1]}")
+            raise Unusable(number * CHUNK + wrong[0] + 1, wrong[1])
     return Rows.join([rows for rows, _, _ in done]) if done else Rows.of([]), sum(dropped for _, dropped, _ in done)
 
 

@@ -120,14 +120,15 @@ def summary(asked: Sequence[Preference], found: np.ndarray) -> dict[str, Any]:
 def versus(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     """How often the first model's reply is the better one, by levels (N,) of the same questions.
 
-    win + tie + loss = 1; `rate` = win + tie / 2, and `low`, `high` its 95 % interval.
+    win + tie + loss = 1; `rate` = win + tie / 2, and `low`, `high` its 95 % interval. Levels (S, N) are of S trainings
+    that all answered the same N questions: what they say to one question is drawn together, for it is not independent.
     """
     if a.shape != b.shape:
-        raise ValueError(f"levels of {len(a)} and of {len(b)} questions cannot be compared; ask both the same")
+        raise ValueError(f"levels of {a.shape[-1]} and {b.shape[-1]} questions cannot be compared; ask both the same")
     won = (1 + np.sign(a - b)) / 2
-    low, high = interval(won)
+    low, high = interval(np.atleast_2d(won).mean(axis=0))
     return {
-        "n": len(won),
+        "n": won.size,
         "win": float((won == 1).mean()),
         "tie": float((won == 0.5).mean()),
         "loss": float((won == 0).mean()),

@@ -1,7 +1,7 @@
 """`moss train dpo`: direct preference optimisation, the third way beside `pat` and `ppo` (arXiv 2305.18290).
 
     moss train dpo --model runs/sft --data pairs.jsonl --out runs/dpo
-    moss train dpo --model sft-16b --data pairs.jsonl --length 8192 --lr 5e-7 --matrix-lr 0
+    moss train dpo --model sft-16b --data pairs.jsonl --length 2048 --lr 5e-7 --matrix-lr 0
 
 From the pairs that `moss train reward` reads, without a preference model and without generating: the model learns to
 make the better reply likelier and the worse one less likely than the model that it began as makes them, by equation 7
@@ -27,7 +27,8 @@ from torch import Tensor
 from moss import dist
 from moss.data.pairs import Groups
 from moss.data.rows import data_files
-from moss.log import note
+from moss.errors import UsageError
+from moss.log import bar
 from moss.model import Decoder
 from moss.train import launch, machine
 from moss.train.loop import Loss, Micro
@@ -51,6 +52,8 @@ class DPO(launch.Settings):
 def main(config: DPO) -> int:
     """Read the pairs, ask the reference, train."""
     launch.check(config)
+    if not config.beta:
+        raise UsageError("--beta is 0: then every margin is 0 and nothing is learnt; it must be above 0")
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
     with launch.opened(config) as (start, stop):
         tokenizer, model = launch.load(config, start, config.model)
@@ -129,16 +132,17 @@ def ask(net: Any, groups: Groups, rows: int) -> np.ndarray:
     They are the rows of the first epoch as training computes them, so that the first margins are 0 and not noise.
     """
     device = next(net.parameters()).device
-    note(f"asking the first model for {len(groups.replies):,} replies")
     reference, begins = np.zeros(len(groups.replies)), range(0, len(groups), rows)
-    for turn in range(0, len(begins), dist.world()):
-        own = turn + dist.rank() < len(begins)  # else computed for company: weights are gathered by all
-        begin = begins[turn + dist.rank()] if own else 0
-        batch = groups.batch(begin, min(rows, len(groups) - begin))
-        found = log_probs(net, machine.to_device(batch, device)).double().cpu().numpy()
-        there = batch["reply"] >= 0
-        if own:
-            reference[batch["reply"][there]] = found[there]
+    with bar("asking the first model", 0, len(begins)) as shown:
+        for turn in range(0, len(begins), dist.world()):
+            own = turn + dist.rank() < len(begins)  # else computed for company: weights are gathered by all
+            begin = begins[turn + dist.rank()] if own else 0
+            batch = groups.batch(begin, min(rows, len(groups) - begin))
+            found = log_probs(net, machine.to_device(batch, device)).double().cpu().numpy()
+            there = batch["reply"] >= 0
+            if own:
+                reference[batch["reply"][there]] = found[there]
+            shown.show(min(turn + dist.world(), len(begins)), f"{len(groups.replies):,} replies in all")
     return np.sum(dist.gathered(reference), axis=0)
 
 

@@ -38,13 +38,14 @@ from moss.resolve import locate
 from moss.tokenizer import Tokenizer, add_markers
 from moss.train import loop, lora, memory, peft, plan, report
 from moss.train.machine import COMPILE_PAYS, compile_blocks, pick_device, pick_dtype, to_device
-from moss.weights import load_model
+from moss.weights import load_model, read_config
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed (compile and
 # device: but for rounding), or (steps, epochs) because training longer is a reason to resume. Data may move: its
 # content is compared instead.
 FREE = {"data", "valid", "out", "model", "reward", "resume", "compile", "save_every", "plan", "report"}
 FREE |= {"steps", "epochs", "device"}
+AT_ONCE = 8192  # places of validation rows that are computed at a time: a step's may be more than memory holds
 MODEL_FILES = ("moss.json", "model.safetensors", "config.json")  # any of these: somebody's model is there
 
 
@@ -188,6 +189,8 @@ def load(
     tokenizer = old = Tokenizer.load(source)
     decoder = load_frozen(config, source, head) if config.lora else load_model(source, head=head)
     check_fit(tokenizer, decoder, config.length, source)
+    if start and source == start and model and (model / "config.json").is_file():
+        check_size(start, model)
     if extended and extended.sha256 != old.sha256:
         tokenizer = extended
         decoder = grow(decoder, old, tokenizer)
@@ -205,7 +208,15 @@ def load_frozen(config: Run, base: Path, head: Head | None = None) -> Decoder:
     """The base of `--lora`, in the dtype that computes or as integers, where it computes."""
     device = torch.device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
-    return lora.load_base(base, lora.parse(config.lora), dtype=dtype, device=device, head=head)
+    spec = lora.parse(config.lora)
+    if spec.base and (base / "adapter").is_dir() and (base / "moss.json").is_file():
+        earlier = str(checkpoint.read_info(base)["run"].get("lora") or "16")
+        if lora.parse(earlier).base == spec.base:  # on the same grid every weight is rounded back to what it was
+            raise ValueError(
+                f"--lora {config.lora}: {base} is {spec.base} weights with an adapter merged into them, which rounding "
+                f"to {spec.base} again would take away; use another base=, or none"
+            )
+    return lora.load_base(base, spec, dtype=dtype, device=device, head=head)
 
 
 def adapt(config: Run, decoder: Decoder, adapter: Path | None, base: Path, rows: range = range(0)) -> None:
@@ -229,6 +240,16 @@ def check_fit(tokenizer: Tokenizer, model: Decoder, length: int, folder: Path | 
         if told["tokenizer_sha256"] != tokenizer.sha256:
             raise ValueError(f"the tokenizer in {folder} is not the one that its model was trained with")
         checkpoint.check_weights(folder, told)
+
+
+def check_size(start: Path, model: Path) -> None:
+    """Refuse to go on from a checkpoint that was not begun from a model of the size of `model`; ids may be new."""
+    was, given = (replace(read_config(folder), vocab_size=1) for folder in (start, model))
+    if was != given:
+        raise ValueError(
+            f"{start} is of another size than --model {model} ({was.num_layers} layers of {was.hidden}, there "
+            f"{given.num_layers} of {given.hidden}); go on without --model, or choose another --out"
+        )
 
 
 def train(
@@ -407,7 +428,7 @@ def finish(config: Run, model: Decoder, tokenizer: Tokenizer, info: dict[str, An
     """The finished model into the run's folder; of one with adapters these too, in `adapter`, and both merged."""
     if lora.adapters(model):
         keep_adapter(config, model, config.out / "adapter")
-        lora.merge(model)
+        lora.merge(model.cpu())  # a device that just held a base of integers has no room for its floats
     checkpoint.export(config.out, model=model, tokenizer=tokenizer, info=info)
 
 
@@ -462,7 +483,7 @@ def mean_loss(
     """A validation: the mean loss, and the mean of each of its figures, over all of `data`, each row once."""
 
     def validate(net: nn.Module) -> dict[str, float]:
-        device, rows = next(net.parameters()).device, shares(config)[2]
+        device, rows = next(net.parameters()).device, min(shares(config)[2], max(1, AT_ONCE // config.length))
         sums, count = dict[str, float](), 0
         begins = range(0, len(data), rows)
         with (

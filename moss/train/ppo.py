@@ -35,7 +35,7 @@ from moss.train.loop import Loss, Micro
 from moss.train.loss import log_probs_at
 from moss.train.reward import load_judge, score_replies
 from moss.train.rl_math import clipped_policy_loss, clipped_value_loss
-from moss.train.rollouts import FIGURES, Rollouts, fit, read
+from moss.train.rollouts import FIGURES, Rollouts, fit, read, readable
 from moss.weights import load_model
 
 MATERIAL = 2000  # prompts of the scripted teacher where no --data is given
@@ -78,12 +78,13 @@ def main(config: PPO) -> int:
         tokenizer, model, first, judge_tokenizer, judge = (adapted_roles if config.lora else roles)(config, start)
         frozen = {"reference": fingerprint(first), "reward": fingerprint(judge)}
         asked = read(given or launch.material(config, "preferences", MATERIAL))
+        prompts = fit(asked, tokenizer, config.length, config.max_tokens)
         rollouts = Rollouts(
-            fit(asked, tokenizer, config.length, config.max_tokens),
+            readable(prompts, judge_tokenizer, judge.config.max_length, config.max_tokens),
             tokenizer,
             model,
             reference=partial(reply_log_probs, first.to(device, dtype)),
-            score=partial(score_replies, judge.to(device), judge_tokenizer),
+            score=partial(score_replies, judge.to(device), judge_tokenizer, cut=True),
             length=config.length,
             replies=config.batch_tokens // config.length * MINIBATCHES,
             max_tokens=config.max_tokens,

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from moss import checkpoint, dist
 from moss.config import option
 from moss.data import mix
-from moss.data.tokens import Tokens, prepare
+from moss.data.tokens import INDEX, Tokens, prepare
 from moss.errors import UsageError
 from moss.files import json_object
 from moss.log import console, note
@@ -168,18 +168,27 @@ def begin(
 
 
 def figures_of(base: Path, held_out: Sequence[mix.Source], config: Pretrain) -> dict[str, float]:
-    """The bits per byte of the base itself, with its own tokenizer; of sources whose text is at hand."""
-    texts = [source for source in held_out if not source.tokens]
-    if not texts:
+    """The bits per byte of the base itself, with its own tokenizer; of sources that are text, or its own tokens."""
+    if not held_out:
         note("no --valid: nothing will tell what is learnt of each language, and what is forgotten")
         return {}
     tokenizer, model = launch.load(config, None, base, chat=False)
+    texts = [source for source in held_out if not source.tokens or fits(source.tokens, tokenizer)]
+    if others := ", ".join(source.name for source in held_out if source not in texts):
+        note(f"--valid {others}: tokens that the base does not read; give text, or what is forgotten will not be told")
+    if not texts:
+        return {}
     device = torch.device(machine.pick_device(config.device))
     net = launch.place(model, device, machine.pick_dtype(config.dtype, device))
     rows = {source.name: read(source, tokenizer, config, "base-") for source in texts}
     figures = Watch(rows, {}, config).bits_per_byte(net)
     note("the base: " + ", ".join(f"{name} {value:.4f} bits per byte" for name, value in figures.items()))
     return figures
+
+
+def fits(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether a folder of shards was made with this tokenizer."""
+    return json_object(folder / INDEX).get("tokenizer_sha256") == tokenizer.sha256
 
 
 def read(source: mix.Source, tokenizer: Tokenizer, config: Pretrain, prefix: str = "") -> mix.TokenRows:
@@ -229,7 +238,8 @@ class Watch:
     def __call__(self, net: nn.Module) -> dict[str, float]:
         self.now = self.bits_per_byte(net)
         figures = {f"bits_per_byte_{name}": value for name, value in self.now.items()}
-        return figures | {f"forgetting_{name}": self.now[name] - value for name, value in self.base.items()}
+        known = {name: value for name, value in self.base.items() if name in self.now}  # --valid may change
+        return figures | {f"forgetting_{name}": self.now[name] - value for name, value in known.items()}
 
     def table(self) -> Table:
         """The last figures, beside the base's."""

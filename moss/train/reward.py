@@ -1,7 +1,8 @@
 """`moss train reward`: the preference model, which scores replies (section 7.1 of the paper).
 
     moss train reward --model runs/sft --data pairs.jsonl --out runs/reward
-    moss train reward --model sft-16b --data pairs.jsonl --length 2048 --lr 6e-6 --matrix-lr 0 --warmup 0
+    moss train reward --model sft-16b --data pairs.jsonl --length 2048 --batch-tokens 8192 --lr 6e-6 --matrix-lr 0 \\
+        --warmup 0
 
 The language model loses its head for one that gives a number, and learns that of two replies the better one has the
 higher number: equation 1. All pairs of a prompt are in one step, and each reply is computed once. The score is read at
@@ -33,7 +34,7 @@ from moss.data.pack import Rows, best_fit, lay
 from moss.data.rows import data_files
 from moss.log import console, note
 from moss.model import Decoder
-from moss.tokenizer import Tokenizer
+from moss.tokenizer import Tokenizer, require_markers
 from moss.train import launch, machine
 from moss.train.loop import Loss, Micro
 from moss.train.rl_math import bradley_terry
@@ -67,6 +68,8 @@ def main(config: Reward) -> int:
         if not held_out and not given:
             held_out = launch.material(config, "preferences", HELD_OUT, split="held_out")
         valid = read(held_out, tokenizer, config) if held_out else None
+        if not valid:
+            note("no --valid: accuracy, calibration and length bias will not be known")
         told = checkpoint.read_info(start).get("scores", {}) if start else {}  # by the step that `start` has done
         scores = np.zeros(len(valid.replies) if valid else 0)
 
@@ -156,20 +159,22 @@ def load_judge(folder: Path) -> tuple[Tokenizer, Decoder]:
     model = load_model(folder)
     if model.head_kind != "scalar":
         raise ValueError(f"--reward {folder} holds a language model; a preference model has a scalar head")
-    return Tokenizer.load(folder), model
+    tokenizer = Tokenizer.load(folder)
+    require_markers(tokenizer)
+    return tokenizer, model
 
 
 @torch.inference_mode()
 def score_replies(
-    model: Decoder, tok: Tokenizer, dialogs: Sequence[Dialog], *, batch_tokens: int = BATCH
+    model: Decoder, tok: Tokenizer, dialogs: Sequence[Dialog], *, batch_tokens: int = BATCH, cut: bool = False
 ) -> np.ndarray:
     """The preference model's score of the last reply of each conversation, (N,) float32, in their order.
 
     `tok` is the preference model's own tokenizer. Several conversations are computed in one row, without seeing each
     other; the same call gives the same scores. Of a conversation longer than the model can read the oldest turns go;
-    ValueError where not even the last turn fits.
+    ValueError where not even the last turn fits, or with `cut` not even its question: then the end of the reply goes.
     """
-    rows = Rows.of([(ids, [0] * len(ids)) for ids in (_fitting(dialog, tok, model) for dialog in dialogs)])
+    rows = Rows.of([(ids, [0] * len(ids)) for ids in (_fitting(dialog, tok, model, cut) for dialog in dialogs)])
     if not len(rows):
         return np.zeros(0, dtype=np.float32)
     longest = int(rows.lengths.max())
@@ -190,13 +195,15 @@ def score_replies(
     return scores
 
 
-def _fitting(dialog: Dialog, tok: Tokenizer, model: Decoder) -> list[int]:
+def _fitting(dialog: Dialog, tok: Tokenizer, model: Decoder, cut: bool) -> list[int]:
     """The ids of a conversation, without as many of its oldest turns as it takes to fit the model."""
-    room = model.config.max_length
+    room, ids, start = model.config.max_length, list[int](), 0
     for first in range(len(dialog.turns)):
-        ids, _ = pairs.encode(replace(dialog, turns=dialog.turns[first:]), tok)
+        ids, start = pairs.encode(replace(dialog, turns=dialog.turns[first:]), tok)
         if len(ids) <= room:
             return ids
+    if cut and start < room:
+        return [*ids[: room - 1], ids[-1]]
     raise TooLong(f"the last turn does not fit the preference model, which reads {room} tokens; shorten the reply")
 
 

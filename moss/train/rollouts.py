@@ -107,6 +107,23 @@ def fit(asked: Iterable[Dialog], tok: Tokenizer, length: int, max_tokens: int) -
     return prompts
 
 
+def readable(prompts: Sequence[Prompt], tok: Tokenizer, room: int, max_tokens: int) -> list[Prompt]:
+    """Prompts whose last question leaves a reply room in what the preference model reads: `room` tokens of `tok`."""
+
+    def fits(prompt: Prompt) -> bool:
+        alone = replace(prompt.dialog, turns=prompt.dialog.turns[-1:])
+        return len(render(alone, tok, until="reply")[0]) + max_tokens <= room
+
+    found = [prompt for prompt in prompts if fits(prompt)]
+    if len(found) < len(prompts):
+        note(f"{len(prompts) - len(found):,} prompts dropped, since the preference model reads only {room} tokens")
+    if not found:
+        raise ValueError(
+            f"the preference model reads {room} tokens, too few for any prompt and a reply of --max-tokens {max_tokens}"
+        )
+    return found
+
+
 # ---------------------------------------------------------------- replies
 
 

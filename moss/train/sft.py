@@ -1,25 +1,28 @@
 """`moss train sft`: supervised fine-tuning on conversations.
 
     moss train sft --model runs/mine/base --data dialogs.jsonl --out runs/mine/sft --length 512
+    moss train sft --model base-16b --data dialogs.jsonl --length 2048 --batch-tokens 65536 --lr 9e-6 --matrix-lr 0 \\
+        --epochs 2
 
 Reads conversations in the released MOSS JSON, OpenAI or ShareGPT form. Under the loss `assistant` the model learns
 what it has to write itself: thoughts, commands, reply and their end markers; under `paper` everything but the meta
-instruction and the contents of Results. A conversation longer than `--length` is cut at whole turns; one whose first
-turn does not fit is dropped and counted. A run begins with a table of what is learnt in each section.
+instruction and the contents of Results. Whole turns that do not fit `--length` are dropped and counted; a conversation
+in which the model says nothing is an error. A run begins with a table of what is learnt in each section.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from rich.table import Table
 
+from moss.chat import Dialog
 from moss.data import dialogs
 from moss.data.pack import Packed, Rows
-from moss.data.rows import by_section, data_files, of_dialogs
+from moss.data.rows import Unusable, by_section, data_files, of_dialogs
 from moss.log import console, note
 from moss.tokenizer import Tokenizer
 from moss.train import launch
@@ -55,15 +58,29 @@ def read(paths: Sequence[Path], tokenizer: Tokenizer, config: SFT) -> Packed:
     """Conversations as packed rows."""
     names = ", ".join(map(str, paths))
     note(f"reading {names}")
-    found = (dialog for path in paths for dialog in dialogs.read(path))
-    rows, dropped = of_dialogs(found, tokenizer, config.loss, config.length)
+    turns = 0
+
+    def found() -> Iterator[Dialog]:
+        nonlocal turns
+        for dialog in (dialog for path in paths for dialog in dialogs.read(path)):
+            turns += len(dialog.turns)
+            yield dialog
+
+    try:
+        rows, dropped = of_dialogs(found(), tokenizer, config.loss, config.length)
+    except Unusable as error:
+        raise ValueError(f"{dialogs.place(paths, error.number)}: {error.reason}") from None
     if not len(rows) and not dropped:
         raise ValueError(f"{names}: there is no conversation")
     if not len(rows):
         raise ValueError(
             f"{names}: of {dropped} conversations not one has a first turn within --length {config.length}"
         )
-    note(f"{len(rows):,} conversations; {dropped:,} dropped, since not even the first turn fits {config.length} tokens")
+    kept = int((rows.ids == tokenizer.marker("<eom>")[0]).sum())
+    note(
+        f"{len(rows):,} conversations of {kept:,} turns; {turns - kept:,} turns dropped, which do not fit "
+        f"{config.length} tokens, with {dropped:,} conversations whose first turn is one of them"
+    )
     return Packed(rows, config.length, config.seed, tokenizer.pad)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from rich.table import Table
@@ -61,6 +62,8 @@ def main(config: TrainTokenizer) -> int:
     files = data_files(config.data, "--data")
     if held := [name for name in MODEL if (config.out / name).exists()]:
         raise ValueError(f"{config.out} holds a model ({held[0]}) with its own tokenizer; choose another --out")
+    if config.extend and config.out.resolve() in (config.extend.resolve(), config.extend.resolve().parent):
+        raise ValueError(f"--out {config.out} holds the tokenizer that --extend names, which must stay; choose another")
     base = load(config.extend) if config.extend else None
     size = config.vocab_size or (round(base.vocab_size / (1 - NEW_SHARE)) if base else VOCAB)
     least = base.vocab_size + 1 if base else MIN_VOCAB
@@ -68,11 +71,14 @@ def main(config: TrainTokenizer) -> int:
         of = f"as {config.extend} has {least - 1} ids already" if base else "for the bytes and the markers"
         raise UsageError(f"--vocab-size is {size}; it counts all ids and must be at least {least}, {of}")
     seen: list[str] = []
+    chance = Random(0)
 
     def sampled() -> Iterator[str]:
         for number, text in enumerate(texts(files) if files else material()):
-            if number % 7 == 0 and len(seen) < SAMPLE:
+            if len(seen) < SAMPLE:
                 seen.append(text[:LENGTH])
+            elif (at := chance.randrange(number + 1)) < SAMPLE:  # each text as likely as any other: one language may
+                seen[at] = text[:LENGTH]  # come after another
             yield text
 
     tok = extend(base, sampled(), size - base.vocab_size) if base else train(sampled(), size)
