@@ -188,10 +188,23 @@ def train_table() -> str:
     return "\n".join(lines)
 
 
+def parity_table() -> str:
+    """One step of TRL's beside one of ours: how far losses and gradients are apart, and what rounding alone does."""
+    lines = [
+        "| objective | TRL's | loss | losses differ by | gradients differ by | rounding |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result("parity")["objectives"].items():
+        apart = (f"{row[key]:.1e}" for key in ("loss_apart", "gradient_apart", "gradient_rounding"))
+        lines.append(f"| {name} | {row['trainer']} | {row['loss']:.6f} | {' | '.join(apart)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "preference": preference_table,
     "dial": dial_table,
     "train": train_table,
+    "parity": parity_table,
     "nano": nano_table,
     "speed": speed_table,
     "decode": decode_table,

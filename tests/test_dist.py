@@ -24,7 +24,7 @@ from moss.log import read
 from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer
 from moss.tokenizer import Tokenizer
-from moss.train import launch, loop, pretrain
+from moss.train import launch, loop, plan, pretrain
 from moss.train.loss import next_token
 from moss.weights import load_model
 from tests.ranks import free_port, on_ranks
@@ -255,6 +255,18 @@ def test_one_rank_that_is_told_to_end_ends_all(made: Path, tmp_path: Path) -> No
     """Prevents ranks that go on without one that has ended, and steps that only some of them have done."""
     assert on_ranks(2, interrupted, tmp_path / "run", made) == [(0, 3)] * 2
     assert curve(tmp_path / "run", "step") == [1, 2, 3]
+
+
+def short(out: Path, folder: Path) -> int:
+    """A run of two ranks, one of which has memory for all its rows at a time and one for a single row."""
+    plan.free_memory = lambda device: 1e12 if dist.rank() == 0 else 1e4
+    return pretrain.main(base_config(folder, out=out, steps=2))
+
+
+def test_ranks_with_unequal_memory_pick_one_micro_batch(made: Path, tmp_path: Path) -> None:  # noqa: F811
+    """Prevents ranks that go through their weights a different number of times, and wait for each other for ever."""
+    assert on_ranks(2, short, tmp_path / "run", made) == [0, 0]
+    assert checkpoint.read_info(tmp_path / "run" / "step-000002")["micro_rows"] == 1
 
 
 def refused(out: Path, folder: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from moss import checkpoint
+from moss import checkpoint, dist
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn, render
 from moss.data import pairs
 from moss.data.dialogs import to_row
@@ -25,7 +25,8 @@ from moss.data.rows import by_section, of_dialogs
 from moss.log import read as read_log
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
-from moss.train import dpo, launch, loop, pat, ppo, pretrain, reward, sft
+from moss.train import dpo, launch, loop, memory, pat, ppo, pretrain, reward, sft
+from moss.train import plan as planning
 from moss.train import tokenizer as tokenizer_stage
 from moss.train.loss import next_token
 from moss.train.machine import to_device
@@ -204,7 +205,7 @@ def test_resume_is_refused_when_the_run_is_another(made: Path, tmp_path: Path) -
     assert pretrain.main(config) == 0
     with pytest.raises(ValueError, match="already holds a run; --resume"):
         pretrain.main(config)
-    for change, word in (({"seed": 1}, "--seed 0"), ({"lr": 1.0}, "--lr 0.003"), ({"length": 32}, "data has changed")):
+    for change, word in (({"seed": 1}, "--seed 0"), ({"lr": 1.0}, "--lr 0.003"), ({"length": 32}, "--length 64")):
         with pytest.raises(ValueError, match=word):
             pretrain.main(dataclasses.replace(config, resume=True, steps=4, **change))
     (tmp_path / "other.jsonl").write_text('{"text": "something else"}\n')
@@ -281,6 +282,69 @@ def test_a_model_is_never_replaced(made: Path, tmp_path: Path) -> None:
             with pytest.raises(ValueError, match=rf"holds a model \({name}\).*choose another --out"):
                 pretrain.main(base_config(made, steps=1, out=out, resume=resume))
         assert [path.name for path in out.iterdir()] == [name] and (out / name).read_text() == "precious"
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `--plan` shows, and what it takes for standing when it begins to measure."""
+    seen: list[Any] = []
+    watch, shown = planning.Watch, planning.table
+    monkeypatch.setattr(planning, "Watch", lambda device, held: [seen.append(held), watch(device, held)][1])
+    monkeypatch.setattr(planning, "table", lambda found, **more: [seen.append(found), shown(found, **more)][1])
+    return seen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("spec", ["", "r=2", "r=2,base=int8"])
+def test_a_plan_counts_what_stands_once(stage: str, spec: str, made: Path, tmp_path: Path, plans: list[Any]) -> None:
+    """Prevents an optimizer that is counted before it is made and again when it is, a base for each of PPO's roles,
+    and DPO and PPO planned with the loss of fine-tuning."""
+    run, make = STAGES[stage]
+    more = {"lora": spec, "model": made / "base"} | ({"unfreeze": []} if stage == "pretrain" and spec else {})
+    assert run(make(made, steps=2, plan=True, out=tmp_path / "run", **(more if spec else {}))) == 0
+    held, found = plans
+    assert found.job.nets[0].loss == {"reward": "scores", "dpo": "log-probs", "ppo": "log-probs"}.get(
+        stage, "cross-entropy"
+    )
+    size = memory.sizes(found.job.nets[0], found.job.dtype)
+    trained = sum(memory.sizes(net, found.job.dtype).trained for net in found.job.nets)
+    assert held == pytest.approx(4 * trained + size.frozen + memory.standing(found.job)["data"], rel=0.01)
+    assert found.measured > 0 and not checkpoint.steps(tmp_path / "run")
+
+
+def test_what_does_not_fit_is_told_before_it_runs(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plans: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents a plan that needs the memory it says is missing, a run that the system kills without a word, and a
+    traceback for want of memory outside the steps. Blocks are computed again only where nothing else fits."""
+    config = sft_config(made, steps=2, out=tmp_path / "run")
+    unpressed = tmp_path / "unpressed"
+    assert sft.main(dataclasses.replace(config, out=unpressed)) == 0
+    again: list[Any] = []
+    recompute = dist.recompute
+    monkeypatch.setattr(dist, "recompute", lambda net: [again.append(net), recompute(net)])
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1e4)
+    assert sft.main(dataclasses.replace(config, plan=True)) == 0
+    assert len(plans) == 1 and not plans[0].fits and not again  # shown, and not one step was made
+    assert sft.main(config) == 0 and len(again) == 1
+    assert "this may not fit: " in capsys.readouterr().err
+    assert [line[1] for line in figures(config.out)] == pytest.approx([line[1] for line in figures(unpressed)])
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(launch, "place", full)
+    with pytest.raises(ValueError, match=r"out of memory with micro-batches of 256 tokens; .* are needed"):
+        sft.main(dataclasses.replace(config, out=tmp_path / "other"))
+
+
+def test_adapters_do_not_go_on_as_a_whole_model(made: Path, tmp_path: Path) -> None:
+    """Prevents a riddle (`no adapter_config.json`) for --resume with --lora where there was none, and without."""
+    for spec in ("", "r=2"):
+        config = sft_config(made, steps=2, out=tmp_path / f"run{spec}", lora=spec)
+        assert sft.main(config) == 0
+        with pytest.raises(ValueError, match=f"was made with{'' if spec else 'out'} --lora"):
+            sft.main(dataclasses.replace(config, lora="" if spec else "r=2", resume=True))
 
 
 RESUMER = """

@@ -150,6 +150,9 @@ def beginning(config: Run) -> Path | None:
         raise ValueError(f"{config.out} already holds a run; --resume goes on with it, or choose another --out")
     if not start and (held := [name for name in MODEL_FILES if (config.out / name).exists()]):
         raise ValueError(f"{config.out} holds a model ({held[0]}) that training would replace; choose another --out")
+    if start and bool(was := checkpoint.read_info(start)["run"].get("lora", "")) != bool(config.lora):
+        words = f"with --lora {was}" if was else "without --lora"
+        raise ValueError(f"{start} was made {words}; use the same, or another --out")
     if config.resume:
         note(f"going on from {start}" if start else f"{config.out} holds no checkpoint yet: starting anew")
     return start
@@ -273,21 +276,31 @@ def train(
     figures of the model, `freeze(step, steps)` takes the gradients of what is not to learn yet, `extra` goes into
     `moss.json`.
     Over several ranks all of these are called on all of them together; `validate` gives the same figures on each.
-    `checkpointing` keeps no activations within blocks (`dist.recompute`).
+    `checkpointing` keeps no activations within blocks (`dist.recompute`), as a run that would not fit otherwise does.
     """
     device = torch.device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
     rows, own, micro = shares(config)
     adapted = bool(lora.adapters(model))
-    job = job_of(config, model, data, dtype, checkpointing)
-    free = plan.free_memory(str(device))
-    if not config.micro_tokens:
-        then = checkpoint.read_info(start).get("micro_rows") if start else None  # the same sums on any machine
-        micro = math.gcd(then, own) if then else plan.plan(job, free).micro_tokens // config.length
-    net = place(model, device, dtype)
-    optimizer = optimizer_of(config, model)  # before anything computes: from then on some weights may stand gathered
-    if hasattr(data, "use"):
-        data.use(net)  # type: ignore[attr-defined]
+    job = job_of(stage, config, model, data, dtype, checkpointing)
+    free = min(dist.gathered(plan.free_memory(str(device)) + held_by(model, device)))  # so that all ranks pick alike
+    then = checkpoint.read_info(start).get("micro_rows") if start else None  # the same sums on any machine
+    if then and not config.micro_tokens:
+        job = replace(job, micro_tokens=math.gcd(then, own) * config.length)
+    if not plan.plan(job, free).fits:
+        job = replace(job, checkpointing=True)  # slower, and the same numbers
+    found = plan.plan(job, free)
+    micro, job = found.micro_tokens // config.length, replace(job, micro_tokens=found.micro_tokens)
+    if not found.fits and config.plan:
+        console.print(plan.table(found))
+        return 0
+    if not found.fits:
+        note(f"this may not fit: {plan.refused(found)}")
+    with plan.explained(job, free):
+        net = place(model, device, dtype)
+        optimizer = optimizer_of(config, model)  # before anything computes: then some weights may stand gathered
+        if hasattr(data, "use"):
+            data.use(net)  # type: ignore[attr-defined]
     steps = config.steps or math.ceil(getattr(config, "epochs", 1.0) * len(data) / rows)
     info: dict[str, Any] = (
         describe(stage, config, dtype, model, tokenizer, data) | {"micro_rows": micro} | (extra or {})
@@ -314,14 +327,18 @@ def train(
 
     pays = 6.0 * size * config.batch_tokens * steps > COMPILE_PAYS.get(device.type, math.inf)
     if state.step < steps and (config.compile == "on" or (config.compile == "auto" and pays)):
-        compile_blocks(net, batches(state.position)[0][0], loss_fn, must=config.compile == "on")
-    if checkpointing:
+        with plan.explained(job, free):
+            first = batches(state.position)[0][0]
+            job = replace(job, compiled=compile_blocks(net, first, loss_fn, must=config.compile == "on"))
+    if job.checkpointing:
         dist.recompute(net)
     if config.plan:
-        watch = plan.Watch(str(device), sum(memory.standing(job).values()))
-        timing = plan.timed(lambda: one_step(model, net, loss_fn, batches(state.position)[0], optimizer))
-        found = plan.plan(replace(job, micro_tokens=micro * config.length), free)
-        console.print(plan.table(replace(found, measured=watch.taken()), steps=steps, timing=timing))
+        stays = memory.standing(job)
+        watch = plan.Watch(str(device), sum(stays.values()) - (0 if start else stays["optimizer"]))  # made by a step
+        with plan.explained(job, free):
+            timing = plan.timed(lambda: one_step(model, net, loss_fn, batches(state.position)[0], optimizer))
+        found = replace(plan.plan(job, free), measured=watch.taken())
+        console.print(plan.table(found, steps=steps, timing=timing))
         return 0
     log = RunLog(config.out / "log.jsonl", state.step) if dist.rank() == 0 else None
     hooks = loop.Hooks(
@@ -338,7 +355,7 @@ def train(
     stop.training()
     with log or nullcontext():
         schedule = partial(rate, config.schedule, total=steps, warmup=warmup)
-        with plan.explained(replace(job, micro_tokens=micro * config.length), free):
+        with plan.explained(job, free):
             state = loop.run(
                 model, batches, loss_fn, optimizer, schedule, steps=steps, state=state, net=net, hooks=hooks
             )
@@ -355,12 +372,22 @@ def train(
     return 0
 
 
-def job_of(config: Run, model: nn.Module, data: Data, dtype: torch.dtype, checkpointing: bool) -> memory.Job:
+def held_by(model: nn.Module, device: torch.device) -> int:
+    """Bytes of a device's memory that the model has already."""
+    return sum(each.nbytes for each in (*model.parameters(), *model.buffers()) if each.device.type == device.type)
+
+
+def job_of(
+    stage: str, config: Run, model: nn.Module, data: Data, dtype: torch.dtype, checkpointing: bool
+) -> memory.Job:
     """What decides the memory of this run."""
     spec = lora.parse(config.lora) if config.lora else None
-    kinds: dict[str, memory.LossKind] = {"lm": "cross-entropy", "scalar": "scores"}
-    parts = parts_of(model).values()
-    nets = tuple(memory.Net(part.config, part.head_kind, kinds[part.head_kind], spec) for part in parts)
+    of_text: memory.LossKind = "log-probs" if stage in ("dpo", "ppo") else "cross-entropy"
+    kinds: dict[str, memory.LossKind] = {"lm": of_text, "scalar": "scores"}
+    nets = tuple(
+        memory.Net(part.config, part.head_kind, kinds[part.head_kind], spec, rows=len(getattr(part.embed, "rows", ())))
+        for part in parts_of(model).values()
+    )
     rows = getattr(data, "rows", None)
     held = sum(array.nbytes for array in (rows.ids, rows.mask, rows.starts)) if isinstance(rows, Rows) else 0
     return memory.Job(
@@ -460,14 +487,15 @@ def describe(
 def restore(start: Path, info: dict[str, Any], optimizer: Optimizers, data: Data) -> loop.State:
     """Optimizer and random state from a checkpoint, and where it stood; refused when it is of another run."""
     then, saved = checkpoint.load(start)
+    alike = then["stage"] == info["stage"]
+    for name, value in info["run"].items():  # before the data, which some of them change
+        if alike and name not in FREE and then["run"].get(name) != value:
+            flag, was = name.replace("_", "-"), then["run"].get(name)
+            raise ValueError(f"{start} was made with --{flag} {was}, now it is {value}; use the same, or another --out")
     for name in ("stage", "model", "tokenizer_sha256", "data"):
         if then[name] != info[name]:
             hint = "the data has changed since" if name == "data" else f"it was {then[name]}, now it is {info[name]}"
             raise ValueError(f"{start} does not fit this run: {hint}; choose another --out to start anew")
-    for name, value in info["run"].items():
-        if name not in FREE and then["run"].get(name) != value:
-            flag, was = name.replace("_", "-"), then["run"].get(name)
-            raise ValueError(f"{start} was made with --{flag} {was}, now it is {value}; use the same, or another --out")
     state = loop.State.from_json(then["loop"])
     optimizer.load_state_dict(saved["optimizer"])
     states = saved["rng"]["cpu"].reshape(-1, len(torch.get_rng_state()))  # one for each rank that there was

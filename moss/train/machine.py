@@ -48,8 +48,9 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if has else torch.float32
 
 
-def compile_blocks(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, must: bool) -> None:
-    """Compile every block of the decoders in `net`, proved on one batch; without a working compiler go on uncompiled.
+def compile_blocks(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, must: bool) -> bool:
+    """Compile every block of the decoders in `net`, proved on one batch; without a working compiler go on uncompiled:
+    False.
 
     Over several ranks a compiler that does not work is an error, since it may work on the others. The head stays out:
     how many tokens are learnt differs from step to step.
@@ -65,6 +66,7 @@ def compile_blocks(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, m
     try:
         loss_fn(net, batch).total.backward()
         note(f"compiled in {span(time.perf_counter() - began)}")
+        works = True
     except (TorchDynamoException, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         if must or dist.world() > 1:
@@ -72,4 +74,6 @@ def compile_blocks(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, m
         note(f"torch.compile does not work here ({reason}): going on without it, slower")
         for block in blocks:
             del block.forward  # the instance's; the class's own stands again
+        works = False
     net.zero_grad(set_to_none=True)
+    return works

@@ -108,7 +108,7 @@ def standing(job: Job) -> Bytes:
     found["weights"] = 4 * trained / job.ranks
     found["computing copy"] = c * trained if c != 4 and job.ranks == 1 else 0.0
     found["optimizer"] = (8 * trained - (4 * matrices if job.muon else 0)) / job.ranks
-    found["frozen"] = job.frozen + sum(size.frozen for size in counted)
+    found["frozen"] = job.frozen + max(size.frozen for size in counted)  # one base carries all adapters
     found["data"] = job.data + BATCH * job.batch_tokens / job.ranks
     return found
 
