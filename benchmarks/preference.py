@@ -43,9 +43,9 @@ from moss.data import pairs
 from moss.evals.preference import compare, dial, interval, questions, versus
 from moss.files import replacing
 
-STEPS = {"base": 800, "reward": 1200, "sft": 400, "pat": 400, "dpo": 50, "ppo": 48}
+STEPS = {"base": 800, "reward": 1200, "sft": 800, "pat": 800, "dpo": 50, "ppo": 48}  # 800 are nearly two epochs
 SAME = ["--batch-tokens", "4096"]  # of `base`, `sft` and `pat`
-REPLIES = 15_000  # conversations to learn from: twice by `base`, once by `sft` and `pat`
+REPLIES = 15_000  # conversations to learn from
 PAIRS = 9_000  # questions with six replies each
 HELD_OUT = 200  # questions of the pairs that the preference model is tested on
 QUESTIONS = 300  # that each arm answers
