@@ -37,6 +37,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -275,23 +276,32 @@ def read_info(path: Path) -> dict[str, Any]:
     return info
 
 
-def export(folder: Path, *, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+def export(
+    folder: Path,
+    *,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    info: dict[str, Any],
+    adapter: Callable[[Decoder, Path], None] | None = None,
+) -> None:
     """The finished model in `folder` itself, in bfloat16: what `--model FOLDER` loads. `moss.json` says that it is
-    there: the one of an earlier end goes before any other file changes, the new one comes last. All ranks call it."""
-    model = dist.whole(model)
+    there: the one of an earlier end goes before any other file changes, the new one comes last. All ranks call it.
+    `adapter` as in `save`: it writes what is there instead."""
+    model = model if adapter else dist.whole(model)
     with dist.agreed():
         if dist.rank() == 0:
-            _export(folder, model, tokenizer, info)
+            keep = adapter or partial(save_model, dtype=torch.bfloat16, eos=tokenizer.eos)
+            _export(folder, partial(keep, model), tokenizer, info)
 
 
-def _export(folder: Path, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
+def _export(folder: Path, write: Callable[[Path], None], tokenizer: Tokenizer, info: dict[str, Any]) -> None:
     fresh = folder / ".final.tmp"
     with _cleared(fresh, folder):
         shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        save_model(model, fresh, dtype=torch.bfloat16, eos=tokenizer.eos)
+        fresh.mkdir(parents=True)
+        write(fresh)
         tokenizer.save(fresh)
-        told = {"format": FORMAT, **info, "weights_sha256": sha256(fresh / "model.safetensors")}
+        told = {"format": FORMAT, **info, "weights_sha256": sha256(_weights(fresh))}
         _write_json(fresh / "moss.json", told)
         for file in fresh.iterdir():
             _sync(file)
@@ -308,12 +318,17 @@ def check_weights(folder: Path, info: dict[str, Any]) -> None:
     Taken as they are: weights of more than `CHECKED` bytes, where reading them twice would take seconds, and those
     of a model that says nothing about them.
     """
-    file = folder / "model.safetensors"
+    file = _weights(folder)
     expected = info.get("weights_sha256")
     if expected is None or not file.is_file() or file.stat().st_size > CHECKED:
         return
     if sha256(file) != expected:
         raise ValueError(f"{file} is damaged (its sha256 is not the one in moss.json); copy the model again")
+
+
+def _weights(folder: Path) -> Path:
+    """The file with a model's weights, or an adapter's where there is no model."""
+    return next((folder / name for name, _ in WEIGHTS if (folder / name).is_file()), folder / WEIGHTS[0][0])
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:

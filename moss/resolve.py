@@ -3,6 +3,7 @@
     model, tok = load()                             # the bundled moss-nano, found through the package's data
     model, tok = load("out/nano")                   # a folder: one that we trained, or any in the Hugging Face layout
     model, tok = load("models/7B", dtype="int8")    # quantized on the way in
+    model, tok = load("runs/sft/adapter")           # an adapter, on the base that it names
 
 Whatever is missing, broken or does not fit is a ValueError of one line that says which file and what to do.
 """
@@ -18,11 +19,12 @@ import torch
 
 from moss.chat import QUALITIES
 from moss.checkpoint import FORMAT, check_weights
-from moss.engine.quant import WIDTHS, QuantLinear, load_quantized
+from moss.engine.quant import WIDTHS, QuantLinear, load_quantized, quantize_
 from moss.files import json_object
 from moss.model import Decoder, ModelConfig, num_parameters
 from moss.tokenizer import Tokenizer, require_markers
-from moss.tokenizer import load as load_tokenizer
+from moss.train.lora import view
+from moss.train.peft import base_folder, is_adapter, load_adapted, spec_of, tokenizer_of
 from moss.weights import load_model, read_config
 
 Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
@@ -38,13 +40,17 @@ def load(
 ) -> tuple[Decoder, Tokenizer]:
     """The chat model in a folder (None: the bundled one) with its tokenizer; for `auto` see `choose`.
 
+    An adapter that was trained over integers stays beside them; over floats, or where `dtype` asks for these, base and
+    adapter become one model.
     ValueError where there is no model, a file is broken (weights of more than a gigabyte are not read for that alone,
     see `checkpoint.check_weights`), the tokenizer is another model's, or it lacks the markers of the chat format.
     """
     folder = locate(model)
-    tok = load_tokenizer(folder)
+    tok = tokenizer_of(folder)
     require_markers(tok)
     _check_record(folder, tok)
+    if is_adapter(folder):
+        return _load_adapted(folder, dtype, device), tok
     config = read_config(folder)
     if tok.vocab_size > config.vocab_size:
         raise ValueError(
@@ -55,6 +61,20 @@ def load(
     if width in WIDTHS:
         return load_quantized(folder, width, place), tok
     return load_model(folder, dtype=getattr(torch, width), device=place), tok
+
+
+def _load_adapted(folder: Path, dtype: Dtype, device: Device) -> Decoder:
+    """The model that an adapter and its base are."""
+    own = spec_of(folder).base
+    if own and dtype in WIDTHS and dtype != own:
+        raise ValueError(f"{folder} was trained over {own}, as {dtype} it would be another model; leave dtype out")
+    width, place = choose(read_config(base_folder(folder)), own if own and dtype == "auto" else dtype, device)
+    if own and width == own:
+        floats = getattr(torch, _widths(place, small=False)[0])
+        return view(load_adapted(folder, dtype=floats, device=place).to(floats), live=True)
+    if width not in WIDTHS:
+        return load_adapted(folder, dtype=getattr(torch, width), device=place, merged=True)
+    return quantize_(load_adapted(folder, dtype=torch.bfloat16, device="cpu"), width).to(place)
 
 
 def choose(config: ModelConfig, dtype: Dtype = "auto", device: Device = "auto") -> tuple[str, str]:
@@ -141,11 +161,23 @@ def locate(model: str | Path | None = None) -> Path:
         raise ValueError(f"there is no model folder {str(model)!r}; give one with config.json, or none for the bundled")
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file; give the folder that holds it")
-    if not (folder / "config.json").is_file():
-        steps = sorted(folder.glob("step-*/config.json"))
-        hint = f"did you mean {steps[-1].parent}?" if steps else "a model folder holds config.json and its weights"
-        raise ValueError(f"{folder} holds no config.json; {hint}")
+    if not holds_model(folder):
+        raise ValueError(
+            f"{folder} holds no config.json; {beside(folder) or 'a model folder holds config.json and its weights'}"
+        )
     return folder
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether a model stands in this folder, or an adapter with the name of its base."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
+
+
+def beside(folder: Path) -> str:
+    """What to say where a run's folder was given, whose model is within: its adapter, or its last checkpoint."""
+    steps = sorted(step for step in folder.glob("step-*") if holds_model(step))
+    found = [each for each in (folder / "adapter", *reversed(steps)) if holds_model(each)]
+    return f"did you mean {found[0]}?" if found else ""
 
 
 def on_server(model: str | Path) -> bool:

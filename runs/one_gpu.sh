@@ -5,13 +5,14 @@
 #   runs/one_gpu.sh --base models/Qwen3-0.6B                            with what the scripted teacher writes
 #   runs/one_gpu.sh --base models/Qwen3-0.6B --data mine.jsonl          with your conversations: MOSS, OpenAI or ShareGPT
 #   runs/one_gpu.sh --base models/Qwen3-0.6B --lora r=64                 a larger adapter
+#   runs/one_gpu.sh --base models/moss-16B --lora r=16,base=int4        frozen weights of four bits: 16B on 24 GB
 #   runs/one_gpu.sh --base models/Qwen3-0.6B --scale 0.01 --out out/ci  a hundredth of the material, to see that it works
 #
 # It can be stopped and started again at any time: finished stages are skipped, an interrupted one goes on where it was.
 set -euo pipefail
 
 usage() {
-  sed -n '2,11s/^# \{0,1\}//p' "$0"
+  sed -n '2,12s/^# \{0,1\}//p' "$0"
   echo "options: --base DIR  --out DIR (out/one_gpu, from the project's root)  --data FILE_OR_FOLDER  --pairs FILE"
   echo "  --lora SPEC (r=16)  --length N (1024)  --scale X (1: 20,000 conversations)  --seed N (0)"
 }
@@ -40,8 +41,6 @@ done
 [[ $SCALE =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)$ ]] || fail "--scale $SCALE is not a number such as 0.01" 2
 [[ $SEED =~ ^[0-9]+$ ]] || fail "--seed $SEED is not a whole number" 2
 [[ $LENGTH =~ ^[0-9]+$ ]] || fail "--length $LENGTH is not a whole number" 2
-# Each stage goes on from the merged weights of the one before; rounded to integers again these would lose what it learnt.
-[[ $LORA != *base=* ]] || fail "--lora $LORA: the script has several stages, and integers are for a single one; leave base= out" 2
 for given in "$DATA" "$PAIRS"; do
   [ -z "$given" ] || [ -e "$given" ] || fail "there is no $given" 2
 done
@@ -57,6 +56,9 @@ PROMPTS=$(scaled 4000 20)
 QUESTIONS=$(scaled 100 4)
 COMMON=(--lora "$LORA" --lr 2e-4 --schedule cosine --warmup 0.03 --length "$LENGTH" --batch-tokens $((16 * LENGTH)))
 COMMON+=(--save-every 50 --seed "$SEED" --resume)
+# Over integers a stage leaves its adapter, with which the next one goes on over the same base; else a merged model.
+RESULT=""
+[[ $LORA != *base=* ]] || RESULT=/adapter
 
 # One folder holds one run: material of other settings must not be mixed in.
 SETTINGS="base=$BASE data=${DATA:-teacher} pairs=${PAIRS:-teacher} lora=$LORA length=$LENGTH scale=$SCALE seed=$SEED"
@@ -97,22 +99,23 @@ if [ -z "$PAIRS" ]; then
     moss data curriculum --kind replies --n $((6 * PROMPTS)) --seed "$SEED" -o "$REPLIES"
 fi
 
-stage "fine-tuning" "$OUT/sft/moss.json" \
+stage "fine-tuning" "$OUT/sft$RESULT/moss.json" \
   moss train sft --model "$BASE" --data "$DATA" --epochs 2 "${COMMON[@]}" --out "$OUT/sft"
 
-stage "preference model" "$OUT/reward/moss.json" \
-  moss train reward --model "$OUT/sft" --data "$PAIRS" "${COMMON[@]}" --out "$OUT/reward"
+stage "preference model" "$OUT/reward$RESULT/moss.json" \
+  moss train reward --model "$OUT/sft$RESULT" --data "$PAIRS" "${COMMON[@]}" --out "$OUT/reward"
 
-stage "preference-aware training" "$OUT/pat/moss.json" \
-  moss train pat --model "$OUT/sft" --reward "$OUT/reward" --data "$DATA" "$REPLIES" "${COMMON[@]}" --out "$OUT/pat"
+stage "preference-aware training" "$OUT/pat$RESULT/moss.json" \
+  moss train pat --model "$OUT/sft$RESULT" --reward "$OUT/reward$RESULT" --data "$DATA" "$REPLIES" "${COMMON[@]}" \
+  --out "$OUT/pat"
 
 for model in sft pat; do
   stage "evaluation of $model ($QUESTIONS questions a set)" "$OUT/eval-$model.json" \
-    moss eval tools --model "$OUT/$model" --n "$QUESTIONS" --seed "$SEED" -o "$OUT/eval-$model.json"
+    moss eval tools --model "$OUT/$model$RESULT" --n "$QUESTIONS" --seed "$SEED" -o "$OUT/eval-$model.json"
 done
 
-answer() { moss chat --model "$OUT/pat" -p "What is 37*12?" --max-tokens 256 --json > "$OUT/.answer" && mv "$OUT/.answer" "$OUT/answer.json"; }
+answer() { moss chat --model "$OUT/pat$RESULT" -p "What is 37*12?" --max-tokens 256 --json > "$OUT/.answer" && mv "$OUT/.answer" "$OUT/answer.json"; }
 stage "a first answer" "$OUT/answer.json" answer
 
-echo "done in $((SECONDS - STARTED)) s: moss chat --model $OUT/pat"
+echo "done in $((SECONDS - STARTED)) s: moss chat --model $OUT/pat$RESULT"
 echo "--quality 20 asks it for a worse answer; $OUT/sft/adapter and $OUT/pat/adapter are the adapters alone"

@@ -15,7 +15,7 @@ from torch import Tensor
 from moss.model import Decoder, Head, ModelConfig
 from moss.optim import make_optimizer
 from moss.train import peft
-from moss.train.lora import Spec, inject, load_base, merge, parse
+from moss.train.lora import LearntRows, Spec, inject, load_base, merge, parse
 from moss.train.loss import next_token
 from moss.weights import load_model, save_model
 from tests.test_lora import ROWS, filled, row
@@ -145,6 +145,17 @@ def test_round_trip(config: ModelConfig, head: Head, tmp_path: Path):
     assert sum(each.numel() for each in tensors.values()) == sum(
         p.numel() for p in model.parameters() if p.requires_grad
     )
+
+
+def test_rows_join_those_of_an_adapter(tmp_path: Path):
+    """Prevents: rows of new tokens that come back as others, or as the base has them, when more are learnt."""
+    base, adapter, model = saved(tmp_path, TINY, rows=range(43, 47))
+    again = load_model(base)
+    peft.load(again, adapter, base, rows=range(47, 50))
+    assert isinstance(again.embed, LearntRows) and len(again.embed.rows) == 7
+    assert torch.equal(again.embed.weight, model.embed.weight)
+    with pytest.raises(ValueError, match="must be neighbours"):
+        peft.load(load_model(base), adapter, base, rows=range(48, 50))
 
 
 def test_integers_come_back(tmp_path: Path):

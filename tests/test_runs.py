@@ -170,7 +170,6 @@ def tiny_qwen3(folder: Path) -> Path:
         (["--bass", "x"], "--bass"),
         (["--base", "moss/models/nano", "--scale", "x"], "x is not a number"),
         (["--base", "moss/models/nano", "--data", "/nowhere.jsonl"], "there is no /nowhere.jsonl"),
-        (["--base", "moss/models/nano", "--lora", "r=16,base=int4"], "several stages"),
     ],
 )
 def test_one_gpu_refuses_what_cannot_work_before_anything_is_made(argv: list[str], words: str):
@@ -183,17 +182,19 @@ def test_one_gpu_refuses_what_cannot_work_before_anything_is_made(argv: list[str
 
 @pytest.mark.slow
 @NEEDS_VENV
-def test_any_base_becomes_an_assistant(tmp_path: Path):
+@pytest.mark.parametrize(("spec", "within"), [("r=16", "."), ("r=16,base=int4", "adapter")])
+def test_any_base_becomes_an_assistant(spec: str, within: str, tmp_path: Path):
     """A base of another project, whose tokenizer knows no marker, through LoRA, preferences and PAT to an answer."""
     base, out = tiny_qwen3(tmp_path / "base"), tmp_path / "out"
-    argv = ("--base", base, "--scale", "0.003", "--out", out)
+    argv = ("--base", base, "--scale", "0.003", "--out", out, "--lora", spec)
     result = one_gpu(*argv)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    model, tok = load(out / "pat")
+    assert (out / "pat" / "model.safetensors").exists() == (within == ".")
+    model, tok = load(out / "pat" / within)
     assert tok.has_markers and tok.vocab_size == 1513 <= model.config.vocab_size
     kept = json.loads((out / "pat" / "adapter" / "adapter_config.json").read_text())
     assert kept["r"] == 16 and kept["peft_type"] == "LORA"
-    edges = json.loads((out / "pat" / "moss.json").read_text())["pat"]["edges"]
+    edges = json.loads((out / "pat" / within / "moss.json").read_text())["pat"]["edges"]
     assert len(edges) == 5 and edges == sorted(edges)
     assert {"reply", "commands", "timing"} <= json.loads((out / "answer.json").read_text()).keys()
 

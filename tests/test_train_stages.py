@@ -592,16 +592,6 @@ def test_a_run_goes_on_from_a_model_of_its_own_size_only(made: Path, tmp_path: P
         sft.main(sft_config(made, out=tmp_path / "run", steps=2, model=tmp_path / "other", resume=True))
 
 
-@pytest.mark.parametrize("width", ["int8", "int4"])
-def test_integers_are_not_made_twice_of_what_an_adapter_changed(width: str, made: Path, tmp_path: Path) -> None:
-    """On the same grid every weight rounds back to what it was: the second stage began without the first."""
-    assert sft.main(sft_config(made, out=tmp_path / "one", steps=1, lora=f"r=2,base={width}")) == 0
-    again = sft_config(made, out=tmp_path / "two", steps=1, model=tmp_path / "one", lora=f"r=2,base={width}")
-    with pytest.raises(ValueError, match=f"{width} weights with an adapter merged into them"):
-        sft.main(again)
-    assert sft.main(dataclasses.replace(again, lora="r=2")) == 0
-
-
 def test_learnt_tokens_by_section(made: Path) -> None:
     """Prevents a table that counts wrongly: here from one row whose sections are encoded one by one."""
     tok = Tokenizer.load(made / "tok")

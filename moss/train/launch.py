@@ -46,7 +46,7 @@ from moss.weights import load_model, read_config
 FREE = {"data", "valid", "out", "model", "reward", "resume", "compile", "save_every", "plan", "report"}
 FREE |= {"steps", "epochs", "device"}
 AT_ONCE = 8192  # places of validation rows that are computed at a time: a step's may be more than memory holds
-MODEL_FILES = ("moss.json", "model.safetensors", "config.json")  # any of these: somebody's model is there
+MODEL_FILES = ("moss.json", "model.safetensors", "config.json", "adapter/moss.json")  # of somebody's model
 
 
 class Data(Protocol):
@@ -186,10 +186,14 @@ def load(
     """Tokenizer and model that a stage goes on with: of the checkpoint `start`, else of `model` (None: the bundled).
 
     `chat`: a base that lacks the format's markers gets them as new ids, each row the mean of its text's pieces; in the
-    same way a base grows into a tokenizer that was `extended` from its own.
+    same way a base grows into a tokenizer that was `extended` from its own. With `--lora` the model may be an adapter,
+    which then learns on.
     """
     source = start if start and not config.lora else locate(model)  # under LoRA a checkpoint is the adapter alone
-    tokenizer = old = Tokenizer.load(source)
+    if peft.is_adapter(source) and not config.lora:
+        merged = f", or --model {source.parent}, merged" if (source.parent / "config.json").is_file() else ""
+        raise UsageError(f"--model {source} is an adapter; give --lora {peft.spec_of(source)} to go on with it{merged}")
+    tokenizer = old = peft.tokenizer_of(source)
     decoder = load_frozen(config, source, head) if config.lora else load_model(source, head=head)
     check_fit(tokenizer, decoder, config.length, source)
     if start and source == start and model and (model / "config.json").is_file():
@@ -207,26 +211,23 @@ def load(
     return tokenizer, decoder
 
 
-def load_frozen(config: Run, base: Path, head: Head | None = None) -> Decoder:
-    """The base of `--lora`, in the dtype that computes or as integers, where it computes."""
+def load_frozen(config: Run, source: Path, head: Head | None = None) -> Decoder:
+    """The base of `--lora`, in the dtype that computes or as integers, where it computes; refused where `source` is an
+    adapter of another kind than the setting's."""
     device = torch.device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
     spec = lora.parse(config.lora)
-    if spec.base and (base / "adapter").is_dir() and (base / "moss.json").is_file():
-        earlier = str(checkpoint.read_info(base)["run"].get("lora") or "16")
-        if lora.parse(earlier).base == spec.base:  # on the same grid every weight is rounded back to what it was
-            raise ValueError(
-                f"--lora {config.lora}: {base} is {spec.base} weights with an adapter merged into them, which rounding "
-                f"to {spec.base} again would take away; use another base=, or none"
-            )
-    return lora.load_base(base, spec, dtype=dtype, device=device, head=head)
+    if peft.is_adapter(source) and not peft.is_of(source, spec):
+        raise UsageError(f"--lora {config.lora}: {source} is an adapter of {peft.spec_of(source)}; give these to go on")
+    return peft.load_base_of(source, spec, dtype=dtype, device=device, head=head)
 
 
-def adapt(config: Run, decoder: Decoder, adapter: Path | None, base: Path, rows: range = range(0)) -> None:
-    """Put adapters into a frozen base: those in the folder `adapter`, else fresh ones; `rows` are learnt with them."""
+def adapt(config: Run, decoder: Decoder, adapter: Path | None, source: Path, rows: range = range(0)) -> None:
+    """Put adapters into a frozen base: those in the folder `adapter`, else those in `source`, the model that the run
+    goes on from, else fresh ones; `rows` are learnt with them."""
     spec = lora.parse(config.lora)
-    if adapter:
-        peft.load(decoder, adapter, base, width=spec.base)
+    if adapter or peft.is_adapter(source):
+        peft.load(decoder, adapter or source, peft.base_folder(source), width=spec.base, rows=rows)
     else:
         lora.inject(decoder, spec, seed=config.seed, rows=rows)
 
@@ -364,11 +365,11 @@ def train(
         return 0 if stop.asked == "SIGTERM" else 128 + signal.Signals[stop.asked]
     if state.ended:
         note(f"ended at step {state.step} of {steps}: {state.ended}")
-    finish(config, parts_of(model)[""], tokenizer, info | {"loop": state.to_json()})
+    result = finish(config, parts_of(model)[""], tokenizer, info | {"loop": state.to_json()})
     if dist.rank() == 0:
         if config.report:
             note(f"drawn: {report.draw(config.out, stage)}")
-        print(config.out)
+        print(result)
     return 0
 
 
@@ -448,15 +449,22 @@ def parts_of(model: nn.Module) -> dict[str, Decoder]:
 
 def keep_adapter(config: Run, model: Decoder, folder: Path) -> None:
     """The adapter of `model` into a folder, with where its base is."""
-    peft.save(model, folder, lora.parse(config.lora), locate(getattr(config, "model", None)))
+    base = peft.base_folder(locate(getattr(config, "model", None))).absolute()
+    peft.save(model, folder, lora.parse(config.lora), base)
 
 
-def finish(config: Run, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> None:
-    """The finished model into the run's folder; of one with adapters these too, in `adapter`, and both merged."""
+def finish(config: Run, model: Decoder, tokenizer: Tokenizer, info: dict[str, Any]) -> Path:
+    """The finished model into the run's folder, and which folder that is: with adapters these alone into `adapter`,
+    and what they and a base of floats make together into the run's own. Integers are not made into floats: the result
+    would be two to four times the base, and made into integers again it would lose what was learnt."""
     if lora.adapters(model):
-        keep_adapter(config, model, config.out / "adapter")
-        lora.merge(model.cpu())  # a device that just held a base of integers has no room for its floats
+        adapter, keep = config.out / "adapter", partial(keep_adapter, config)
+        checkpoint.export(adapter, model=model, tokenizer=tokenizer, info=info, adapter=keep)
+        if lora.parse(config.lora).base:
+            return adapter
+        lora.merge(model.cpu())
     checkpoint.export(config.out, model=model, tokenizer=tokenizer, info=info)
+    return config.out
 
 
 def optimizer_of(config: Run, model: nn.Module) -> Optimizers:

@@ -54,6 +54,11 @@ class Spec:
     targets: tuple[str, ...] = ()  # of TARGETS; (): every linear layer of the blocks
     base: Literal["", "int8", "int4"] = ""  # "": as it is
 
+    def __str__(self) -> str:
+        """As `parse` reads it."""
+        told = {"r": self.r, "alpha": f"{self.alpha:g}", "targets": "+".join(self.targets), "base": self.base}
+        return ",".join(f"{name}={value}" for name, value in told.items() if value)
+
 
 def parse(text: str) -> Spec:
     """'r=16,alpha=32,targets=q+v,base=int4' in any order, all of it optional; '16' is r=16. UsageError for the rest."""
@@ -303,6 +308,12 @@ def merge(model: Decoder) -> None:
     dtype = model.embed.weight.dtype
     for name, layer in adapters(model):
         model.set_submodule(name, layer.merged(dtype))
+    merge_rows(model)
+
+
+@torch.no_grad()
+def merge_rows(model: Decoder) -> None:
+    """Put the learnt rows into tables of the model's own, in place; else each use of a table makes it anew."""
     embed, head = cast(tuple[Any, Any], (model.embed, model.head))
     if isinstance(head, LearntRows):
         model.head = None if model.config.tie_embeddings else _linear(head.weight, head.bias)

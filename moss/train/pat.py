@@ -38,7 +38,7 @@ from moss.model import Decoder
 from moss.tokenizer import Tokenizer
 from moss.train import launch, machine
 from moss.train.loss import next_token
-from moss.train.reward import load_judge, score_replies
+from moss.train.reward import check_judge, load_judge, score_replies
 from moss.train.rl_math import LEVELS, bucket, bucket_edges
 from moss.train.sft import SFT, sections
 
@@ -145,10 +145,10 @@ def fitted(dialog: Dialog, tok: Tokenizer, length: int) -> Dialog:
 
 
 def weights_sha256(folder: Path) -> str:
-    """What tells the preference model in `folder` from any other: the SHA-256 of its weights."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"--reward {folder} holds no preference model; `moss train reward` makes one")
+    """What tells the preference model in `folder` from any other: the SHA-256 of its weights, an adapter's with what it
+    says of its base."""
+    check_judge(folder)
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     return sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
@@ -163,8 +163,8 @@ def scored(found: Sequence[Dialog], config: PAT, judge: str, name: str) -> tuple
     if len(scores) == len(found):
         note(f"{len(found):,} scores are those in {path}")
     else:
-        tokenizer, model = load_judge(config.reward)
         device = torch.device(machine.pick_device(config.device))
+        tokenizer, model = load_judge(config.reward, device)
         model.to(device, machine.pick_dtype(config.dtype, device))
         with bar("scores", len(scores), len(found)) as shown:
             while len(scores) < len(found):

@@ -2,6 +2,7 @@
 
 What    `save(model, folder, spec, base)` writes `adapter_model.safetensors` and `adapter_config.json`: A and B of every
         adapted layer, the learnt rows of the table, a scalar head. `load(model, folder)` puts them into a base.
+        `load_adapted(folder)` finds the base itself: an adapter's folder is a model.
 Why     An adapter (of Qwen3-0.6B at r 16: 40 MB) is all that a run has to keep, and can share; what takes adapters at
         all takes this layout.
 How     spec = parse("16"); inject(model, spec); …; save(model, "run", spec, base="models/Qwen3-0.6B")
@@ -20,6 +21,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +32,12 @@ from torch import Tensor, nn
 
 from moss.engine.quant import WIDTHS
 from moss.files import replacing
-from moss.model import Decoder
+from moss.grow import grow
+from moss.model import Decoder, Head
 from moss.shards import SHOWN, read_json
-from moss.train.lora import TARGETS, LearntRows, LoRALinear, Spec, inject, linears
-from moss.weights import LAYOUTS, file_name, pick_layout
+from moss.tokenizer import Tokenizer
+from moss.train.lora import TARGETS, LearntRows, LoRALinear, Spec, inject, linears, load_base, merge, merge_rows
+from moss.weights import LAYOUTS, file_name, pick_layout, read_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 SAMPLES, SAMPLE = 64, 4096  # places of a weights file that tell it from another, and bytes read at each
@@ -85,11 +89,19 @@ def save(model: Decoder, folder: str | Path, spec: Spec, base: str | Path = "") 
         file.write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load(model: Decoder, folder: str | Path, base: str | Path = "", *, width: str | None = None) -> Spec:
+def load(
+    model: Decoder,
+    folder: str | Path,
+    base: str | Path = "",
+    *,
+    width: str | None = None,
+    rows: range = range(0),
+) -> Spec:
     """Put an adapter into its base, ready to be trained on or merged, and give its spec.
 
     base: the folder that `model` is from; when the adapter is known to be another's it is refused. width: what the
-    base becomes (int8, int4, "": as it is); None: what it was in training. ValueError says what does not fit.
+    base becomes (int8, int4, "": as it is); None: what it was in training. rows: those to learn next to the adapter's.
+    A language model's adapter under a scalar head leaves that as it is. ValueError says what does not fit.
     """
     folder = Path(folder)
     config, file = read_json(folder, CONFIG), folder / WEIGHTS
@@ -101,18 +113,95 @@ def load(model: Decoder, folder: str | Path, base: str | Path = "", *, width: st
         named = config.get("base_model_name_or_path")
         raise ValueError(f"{folder} is an adapter of {named}, whose weights are not those of {base}; give its own base")
     spec = _spec_of(model, config, tensors, told.get("width", "") if width is None else width, file)
-    inject(model, spec, rows=_rows_of(config, folder / CONFIG))
-    mine = tensors_of(model)
+    held = _rows_of(config, folder / CONFIG)
+    if held and rows.stop > held.stop != rows.start:
+        raise ValueError(f"{folder} has learnt the rows {held}, the new ones are {rows}; they must be neighbours")
+    inject(model, spec, rows=range(held.start, max(held.stop, rows.stop)) if held else rows)
+    mine = {name: value.detach() for name, value in tensors_of(model).items()}
+    mine |= {name: value[: len(held)] for name, value in mine.items() if ".token_adapter." in name}
+    mine = {name: value for name, value in mine.items() if len(value)}
+    if model.head_kind == "scalar" and not _has_score(tensors):
+        mine = {name: value for name, value in mine.items() if not _has_score([name])}
+        tensors = {name: value for name, value in tensors.items() if ".lm_head." not in name}
     wrong = [f"no {name}" for name in mine if name not in tensors] + [f"unknown {n}" for n in tensors if n not in mine]
     for name in mine.keys() & tensors.keys():
         if tensors[name].shape != mine[name].shape:
             wrong.append(f"{name} {list(tensors[name].shape)} instead of {list(mine[name].shape)}")
     if wrong:
         raise ValueError(f"{file} does not fit this model: {', '.join(sorted(wrong)[:SHOWN])}")
-    with torch.no_grad():
-        for name, value in mine.items():
-            value.copy_(tensors[name])
+    for name, value in mine.items():
+        value.copy_(tensors[name])
     return spec
+
+
+# ---------------------------------------------------------------- an adapter's folder as a model
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter in the place of a model."""
+    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_folder(folder: Path) -> Path:
+    """The model that an adapter was trained on; any other folder itself."""
+    if not is_adapter(folder):
+        return folder
+    base = Path(str(read_json(folder, CONFIG).get("base_model_name_or_path")))
+    if not (base / "config.json").is_file():
+        raise ValueError(f"{folder / CONFIG} names the base {base}, which is not there; write down where it is now")
+    return base
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer of a model or of an adapter, which may have brought none of its own."""
+    return Tokenizer.load(folder if (folder / "tokenizer.json").is_file() else base_folder(folder))
+
+
+def spec_of(folder: Path) -> Spec:
+    """What the adapter in a folder is."""
+    tensors, told = _read(folder / WEIGHTS)
+    model = _without_weights(folder)
+    return _spec_of(model, read_json(folder, CONFIG), tensors, told.get("width", ""), folder / WEIGHTS)
+
+
+def is_of(folder: Path, wanted: Spec) -> bool:
+    """Whether the adapter in a folder is what `wanted` says."""
+    known = {target for _, target, _ in linears(_without_weights(folder))}
+    return spec_of(folder) == replace(wanted, targets=wanted.targets or tuple(t for t in TARGETS if t in known))
+
+
+def _without_weights(folder: Path) -> Decoder:
+    """The base of an adapter, on `meta`."""
+    with torch.device("meta"):
+        return Decoder(read_config(base_folder(folder)))
+
+
+def load_base_of(
+    folder: Path, spec: Spec, *, dtype: torch.dtype, device: str | torch.device, head: Head | None = None
+) -> Decoder:
+    """The model of a folder as `spec` has it; of an adapter's its base, with a row for each id of its tokenizer."""
+    base = base_folder(folder)
+    model = load_base(base, spec, dtype=dtype, device=device, head=head)
+    return model if base == folder else grow(model, Tokenizer.load(base), tokenizer_of(folder))
+
+
+def load_adapted(folder: Path, *, dtype: torch.dtype, device: str | torch.device, merged: bool = False) -> Decoder:
+    """An adapter on its base, frozen: integers as in training unless `merged`, one plain model where there are none."""
+    spec, head = spec_of(folder), "scalar" if _has_score(_read(folder / WEIGHTS)[0]) else "lm"
+    model = load_base_of(folder, spec, dtype=dtype, device=device, head=head)
+    load(model, folder, base_folder(folder))
+    if merged or not spec.base:
+        merge(model)
+    else:
+        merge_rows(model)
+    return model.requires_grad_(False)
+
+
+def _has_score(tensors: Iterable[str]) -> bool:
+    return any(name.endswith(".score.weight") for name in tensors)
+
+
+# ---------------------------------------------------------------- names
 
 
 def tensors_of(model: Decoder) -> dict[str, nn.Parameter]:

@@ -114,31 +114,36 @@ def roles(config: PPO, start: Path | None) -> Roles:
     judge_tokenizer, judge = load_judge(config.reward)
     tokenizer, policy = launch.load(config, start, config.model)
     _, first = launch.load(config, None, config.model)
-    alike = judge_tokenizer.sha256 == tokenizer.sha256 and judge.config == policy.config
+    alike = judge_tokenizer.sha256 == tokenizer.sha256 and judge.config == policy.config and not lora.adapters(judge)
     critic = load_model(start / "critic") if start else critic_from(judge if alike else policy)
     return Roles(tokenizer, ActorCritic(policy, critic), first, judge_tokenizer, judge)
 
 
 def adapted_roles(config: PPO, start: Path | None) -> Roles:
-    """All on one frozen base, which is the first policy as it stands; policy and critic are adapters that train.
+    """All on one frozen base: the first policy is it, or an adapter on it; policy and critic are adapters that train.
 
-    The preference model is one too where it was trained with `--lora` from this very base (`--reward` then has a folder
-    `adapter`), and the critic begins as it is; else it is loaded whole, and the critic begins fresh.
+    The preference model is one too where it was trained with the same `--lora` on this very base (`--reward`, or its
+    folder `adapter`), and the critic begins as it is; else it is loaded whole, and the critic begins as the policy.
     """
-    base, known = locate(config.model), config.reward / "adapter"
-    tokenizer, first = Tokenizer.load(base), launch.load_frozen(config, base)
-    launch.check_fit(tokenizer, first, config.length, base)
+    source, known = locate(config.model), config.reward if peft.is_adapter(config.reward) else config.reward / "adapter"
+    tokenizer, base = peft.tokenizer_of(source), launch.load_frozen(config, source)
+    launch.check_fit(tokenizer, base, config.length, source)
     require_markers(tokenizer)
-    shared = known.is_dir() and peft.base_of(known) == peft.fingerprint(base)
+    shared = (
+        peft.is_adapter(known)
+        and peft.base_of(known) == peft.fingerprint(peft.base_folder(source))
+        and peft.is_of(known, lora.parse(config.lora))
+        and peft.tokenizer_of(known).sha256 == tokenizer.sha256
+    )
     if shared:
-        judge_tokenizer, judge = tokenizer, lora.view(first, "scalar")
-        launch.adapt(config, judge, known, base)
+        judge_tokenizer, judge = tokenizer, lora.view(base, "scalar")
+        launch.adapt(config, judge, known, source)
     else:
-        judge_tokenizer, judge = load_judge(config.reward)
-    policy, critic, reference = lora.view(first), lora.view(first, "scalar"), lora.view(first)
-    launch.adapt(config, policy, start, base)
-    launch.adapt(config, reference, None, base)  # adds nothing, and multiplies integers as training does
-    launch.adapt(config, critic, start / "critic" if start else known if shared else None, base)
+        judge_tokenizer, judge = load_judge(config.reward, machine.pick_device(config.device))
+    policy, critic, reference = lora.view(base), lora.view(base, "scalar"), lora.view(base)
+    launch.adapt(config, policy, start, source)
+    launch.adapt(config, reference, None, source)  # multiplies integers as training does
+    launch.adapt(config, critic, start / "critic" if start else known if shared else None, source)
     frozen = reference.requires_grad_(False), judge_tokenizer, judge.requires_grad_(False)
     return Roles(tokenizer, ActorCritic(policy, critic), *frozen)
 

@@ -46,7 +46,7 @@ from moss.log import console, note
 from moss.model import Decoder, ModelConfig
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer
-from moss.train import launch, machine
+from moss.train import launch, machine, peft
 from moss.train.loss import next_token
 from moss.train.tokenizer import EXTENDS
 
@@ -125,7 +125,7 @@ def main(config: Pretrain) -> int:
 
 def base_of(folder: Path | None) -> Path | None:
     """The model that a run from this folder goes on from: the folder's own, or that of the base of its tokenizer."""
-    if folder is None or (folder / "config.json").is_file():
+    if folder is None or (folder / "config.json").is_file() or peft.is_adapter(folder):
         return folder
     file = folder / EXTENDS
     if not file.is_file():

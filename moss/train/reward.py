@@ -34,8 +34,9 @@ from moss.data.pack import Rows, best_fit, lay
 from moss.data.rows import data_files
 from moss.log import console, note
 from moss.model import Decoder
+from moss.resolve import beside, holds_model
 from moss.tokenizer import Tokenizer, require_markers
-from moss.train import launch, machine
+from moss.train import launch, machine, peft
 from moss.train.loop import Loss, Micro
 from moss.train.rl_math import bradley_terry
 from moss.weights import load_model
@@ -43,6 +44,7 @@ from moss.weights import load_model
 MATERIAL = 8000  # prompts of the scripted teacher where no --data is given
 HELD_OUT = 300  # prompts of its held-out part where no --valid is given
 BINS = 10  # of the calibration error
+HINT = "`moss train reward` makes one"
 BATCH = 16_384  # places for tokens that `score_replies` computes at a time
 
 
@@ -152,16 +154,22 @@ def score_groups(net: nn.Module, data: pairs.Groups, config: Reward) -> np.ndarr
     return np.sum(dist.gathered(scores), axis=0)
 
 
-def load_judge(folder: Path) -> tuple[Tokenizer, Decoder]:
-    """The preference model with its own tokenizer."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--reward {folder} holds no preference model; `moss train reward` makes one")
-    model = load_model(folder)
+def load_judge(folder: Path, device: str | torch.device = "cpu") -> tuple[Tokenizer, Decoder]:
+    """The preference model, in float32 but for integers below an adapter, with its own tokenizer."""
+    check_judge(folder)
+    adapted = peft.is_adapter(folder)
+    model = (peft.load_adapted if adapted else load_model)(folder, dtype=torch.float32, device=device)
     if model.head_kind != "scalar":
         raise ValueError(f"--reward {folder} holds a language model; a preference model has a scalar head")
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = peft.tokenizer_of(folder)
     require_markers(tokenizer)
     return tokenizer, model
+
+
+def check_judge(folder: Path) -> None:
+    """ValueError where there is no preference model."""
+    if not holds_model(folder):
+        raise ValueError(f"--reward {folder} holds no preference model; {beside(folder) or HINT}")
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ from moss.log import note
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
 from moss.train.loop import Micro
-from moss.train.lora import adapters, merge, view
+from moss.train.lora import adapters, merge, merge_rows, view
 from moss.train.machine import to_device
 from moss.train.rl_math import gae, kl_k1, whiten
 
@@ -136,8 +136,8 @@ def generate(policy: Decoder, prompts: Sequence[Sequence[int]], samplings: Seque
     """
     alive = view(policy, live=True)  # the same tensors, without blocks that were compiled for training
     on_cpu = next(alive.parameters()).device.type == "cpu"
-    if on_cpu and adapters(alive):
-        merge(alive)  # the kernels know no adapters
+    if adapters(alive):
+        (merge if on_cpu else merge_rows)(alive)  # the kernels know no adapters
     exact = isinstance(runner(alive), Step)
     slots = SLOTS if exact or not on_cpu else 1
     with Engine(alive, slots=slots, queue=2 * len(prompts), deterministic=exact, lookup=False) as engine:
