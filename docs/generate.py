@@ -32,7 +32,7 @@ def commands_page() -> str:
         " `--config FILE`, a JSON or YAML file with values for its flags (names with `_` for `-`); flags on the"
         " command line win over it. Exit codes: 0 success, 1 an error in the input or the system, said in one line"
         " on standard error, 2 bad usage, 130 stopped with Ctrl-C, 141 the reader of the output has left (as `head`"
-        " does), 143 stopped by SIGTERM.\n",
+        " does), 143 stopped by SIGTERM (a training saves its step and exits with 0).\n",
     ]
     for verb, target in VERBS.items():
         command, _ = find(target)

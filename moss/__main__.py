@@ -5,7 +5,7 @@ imported only when its verb runs, so `moss --help` needs neither torch nor a par
 the first line of its dataclass's docstring, read from the source.
 
 Exit codes: 0 success, 1 an error in the input or the system (one line on standard error), 2 bad usage, 130 Ctrl-C,
-141 the reader of the output has left, 143 SIGTERM; a training that was stopped has saved its last step.
+141 the reader of the output has left, 143 SIGTERM; but a training that gets SIGTERM saves its step and ends with 0.
 """
 
 from __future__ import annotations

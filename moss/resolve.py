@@ -21,10 +21,10 @@ from moss.chat import QUALITIES
 from moss.checkpoint import FORMAT, check_weights
 from moss.engine.quant import WIDTHS, QuantLinear, load_quantized, quantize_
 from moss.files import json_object
+from moss.lora import view
 from moss.model import Decoder, ModelConfig, num_parameters
+from moss.peft import base_folder, is_adapter, load_adapted, spec_of, tokenizer_of
 from moss.tokenizer import Tokenizer, require_markers
-from moss.train.lora import view
-from moss.train.peft import base_folder, is_adapter, load_adapted, spec_of, tokenizer_of
 from moss.weights import load_model, read_config
 
 Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]

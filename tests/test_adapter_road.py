@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from moss import checkpoint, resolve, session
+from moss import checkpoint, peft, resolve, session
 from moss.chat import Dialog, Turn
 from moss.data import pairs
 from moss.data.dialogs import to_row
@@ -23,10 +23,10 @@ from moss.engine import Engine
 from moss.engine.quant import QuantLinear
 from moss.errors import UsageError
 from moss.log import read as read_log
+from moss.lora import adapters, parse
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
-from moss.train import dpo, launch, pat, peft, ppo, pretrain, reward, sft
-from moss.train.lora import adapters, parse
+from moss.train import dpo, launch, pat, ppo, pretrain, reward, sft
 from moss.train.loss import next_token
 from moss.weights import load_model, save_model
 from tests.test_engine import greedy, ids_of

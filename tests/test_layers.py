@@ -10,8 +10,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = {"core": 0, "engine": 1, "tools": 2, "data": 3, "train": 4, "synth": 4, "evals": 4, "serve": 5, "entry": 6}
 # Files at the top level that stand higher than the core: they load an engine's model, or start everything.
-HIGHER = {"resolve": "engine", **dict.fromkeys(("__main__", "terminal", "screen", "session"), "entry")}
-ADAPTERS = ("moss.train.lora", "moss.train.peft")  # no stages: the engine runs them, whoever trained them
+HIGHER = {
+    **dict.fromkeys(("lora", "peft", "resolve"), "engine"),
+    **dict.fromkeys(("__main__", "terminal", "screen", "session"), "entry"),
+}
 HEAVY = {"transformers", "matplotlib", "sympy", "huggingface_hub"}  # never in the core
 FILES = sorted((ROOT / "moss").rglob("*.py"))
 
@@ -19,8 +21,6 @@ FILES = sorted((ROOT / "moss").rglob("*.py"))
 def layer(module: str) -> str:
     """The layer of "moss.tools.run"."""
     parts = module.split(".")
-    if module.startswith(ADAPTERS):
-        return "engine"
     if len(parts) > 1 and parts[1] in LAYERS:
         return parts[1]
     return HIGHER.get(parts[1], "core") if len(parts) > 1 else "core"

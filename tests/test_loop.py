@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moss import dist
 from moss.data.pack import Packed, Rows
 from moss.log import RunLog, read
 from moss.model import Decoder, ModelConfig
@@ -259,11 +260,19 @@ def test_signals_finish_the_step() -> None:
     assert stop.asked == "SIGTERM" and saved == [3] and len(losses) == 3
 
 
-def test_before_training_a_signal_ends_at_once() -> None:
-    """Prevents a program that cannot be stopped while it reads its data."""
-    with loop.Stop(), pytest.raises(SystemExit) as end:
-        signal.raise_signal(signal.SIGTERM)
-    assert end.value.code == 128 + signal.SIGTERM
+def test_before_training_a_signal_ends_at_once(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents a program that cannot be stopped while it reads its data, a scheduler that takes its own SIGTERM for a
+    failure of the run, and ranks that wait for one that ended well."""
+    for ranks, code in ((1, 0), (2, 128 + signal.SIGTERM)):
+        monkeypatch.setattr(dist, "world", lambda ranks=ranks: ranks)
+        with loop.Stop(), pytest.raises(SystemExit) as end:
+            signal.raise_signal(signal.SIGTERM)
+        assert end.value.code == code
+        (line,) = capfd.readouterr().err.split("\n")[1:-1]
+        assert line == "SIGTERM before the first step: nothing has been trained yet, so nothing is lost"
+    monkeypatch.undo()
     with loop.Stop(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 

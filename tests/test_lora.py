@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moss import lora
 from moss.engine import Engine
 from moss.engine.quant import QuantLinear
 from moss.errors import UsageError
+from moss.lora import LoRALinear, Spec, adapters, inject, merge, parse, view
 from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer
-from moss.train import loop, lora
-from moss.train.lora import LoRALinear, Spec, adapters, inject, merge, parse, view
+from moss.train import loop
 from moss.train.loss import next_token
 from moss.weights import load_model, open_model, save_model
 from tests.fakes import toy_model

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from moss import dist
+from moss import dist, lora
 from moss.attention import keep_compiler_out
+from moss.engine.cache import Cache
 from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer
-from moss.train import loop, lora
+from moss.train import loop
 from moss.train.loss import next_token
-from moss.train.memory import Job, Net, head_needs, kept_by_block, kept_outside, moments, sizes, standing
+from moss.train.memory import Job, Net, engine_needs, head_needs, kept_by_block, kept_outside, moments, sizes, standing
 from moss.train.ppo import ActorCritic, reply_log_probs
 from moss.train.reward import scores_at
 
@@ -248,3 +249,26 @@ def test_policy_and_critic_stand_together() -> None:
     assert both["mlp"] == 2 * alone["mlp"]
     assert both["weights"] == alone["weights"] + 4 * sizes(critic, torch.float32).trained
     assert both["logits"] == head_needs(policy, job, 384)[0] + sum(head_needs(critic, job, 384)[:2])
+
+
+@pytest.mark.parametrize("length", [96, 300])
+def test_the_engine_of_ppo_is_counted(length: int) -> None:
+    """Prevents a plan for PPO without the rows that its engine writes in, or the weights that it merges for it."""
+    config = replace(CONFIGS["qwen3"], max_length=1024)
+    policy, critic = Net(config, loss="log-probs"), Net(config, "scalar", "scores")
+    job = Job((policy, critic), length=length, batch_tokens=4 * length, dtype=torch.bfloat16, slots=5)
+    shape = config.num_layers, config.num_kv_heads, config.head_dim
+    cache = Cache(*shape, slots=5, max_length=config.max_length, dtype=torch.bfloat16)
+    for number in range(5):
+        slot = cache.acquire(number)
+        assert slot
+        cache.join(slot)
+        cache.window(slot.row, [0], length)
+    rows = sum(store.nbytes for store in cache.stores)
+    assert engine_needs(job) == rows
+    assert moments(job, length)["writing replies"] == standing(job) | {"engine": rows}
+    assert "writing replies" not in moments(replace(job, slots=0), length)
+    adapted = replace(job, nets=(replace(policy, lora=LORA["int8"]), critic))
+    merged = sum(p.nbytes for block in Decoder(config).bfloat16().blocks for p in block.parameters() if p.ndim > 1)
+    assert engine_needs(adapted) == rows + merged
+    assert engine_needs(replace(adapted, device="cuda")) == rows

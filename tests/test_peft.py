@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moss import peft
+from moss.lora import LearntRows, Spec, inject, load_base, merge, parse
 from moss.model import Decoder, Head, ModelConfig
 from moss.optim import make_optimizer
-from moss.train import peft
-from moss.train.lora import LearntRows, Spec, inject, load_base, merge, parse
 from moss.train.loss import next_token
 from moss.weights import load_model, save_model
 from tests.test_lora import ROWS, filled, row

@@ -11,11 +11,25 @@ import pytest
 import torch
 
 from moss.log import console
+from moss.lora import Spec
 from moss.model import ModelConfig
 from moss.train import plan as planning
-from moss.train.lora import Spec
 from moss.train.memory import Job, Net, moments
-from moss.train.plan import MARGIN, Plan, Timing, Watch, explained, free_memory, plan, refused, table, timed
+from moss.train.plan import (
+    MARGIN,
+    Plan,
+    Timing,
+    Watch,
+    beside,
+    chosen,
+    explained,
+    explained_outside,
+    free_memory,
+    plan,
+    refused,
+    table,
+    timed,
+)
 from moss.train.scaling import MOSS
 
 NANO = Job((Net(ModelConfig.from_depth(4, 2048)),), length=256, batch_tokens=8192)
@@ -77,6 +91,60 @@ def test_what_does_not_fit_names_what_would() -> None:
     assert "a smaller model" in refused(plan(card, 8e9))
 
 
+def test_adapters_are_offered_to_those_who_can_train_them() -> None:
+    """Prevents advice that the next command refuses: for a model from nothing, a run that goes on, several ranks."""
+    card = replace(BIG, checkpointing=True, batch_tokens=2048)
+    assert "--lora" in refused(plan(card, 60e9))
+    for change in ({"adaptable": False}, {"ranks": 8, "batch_tokens": 8 * 2048}):
+        told = refused(plan(replace(card, **change), 20e9))
+        assert "--lora" not in told and "a smaller model" in told
+
+
+def test_the_reference_is_the_base_of_adapters() -> None:
+    """Prevents advice against --lora for a copy of the model that would not be there; the judge would."""
+    card = replace(BIG, checkpointing=True, batch_tokens=2048)
+    assert "--lora r=16 " in refused(plan(replace(card, frozen={"reference": 60e9}), 60e9))
+    assert "a smaller model" in refused(plan(replace(card, frozen={"preference model": 60e9}), 60e9))
+
+
+def test_blocks_are_computed_again_where_nothing_else_fits() -> None:
+    """Prevents a third more time for runs that fit, and runs refused that would fit."""
+    again = plan(replace(NANO, checkpointing=True))
+    free = needs(replace(NANO, checkpointing=True), 256) / MARGIN * 1.001
+    assert again.total < plan(NANO).total and needs(NANO, 256) > free
+    assert chosen(NANO, free).job.checkpointing and chosen(NANO, free).fits
+    assert chosen(NANO, 1e12) == plan(NANO, 1e12)
+
+
+def test_models_beside_are_counted_once() -> None:
+    """Prevents a plan for PPO in which each role brings its own copy of the base."""
+    trained, judge = torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 10)
+    shared = torch.nn.ModuleList([trained, torch.nn.Linear(10, 1)])
+    assert beside([trained], {"reference": shared, "judge": judge, "again": judge}) == {
+        "reference": 44,
+        "judge": 440,
+        "again": 0,
+    }
+    job = replace(NANO, frozen={"reference": 3e9, "preference model": 2e9})
+    found = plan(job)
+    assert found.total == plan(NANO).total + 5e9 and found.bytes["reference"] == 3e9
+    assert "preference model" in shown(found)
+
+
+def test_out_of_memory_outside_the_steps_is_one_line_too() -> None:
+    """Prevents a traceback of the allocator while a model is loaded or made."""
+    free = plan(replace(NANO, micro_tokens=256, checkpointing=True)).total * 0.9
+    words = "out of memory outside the steps; .* are needed .*; --lora r=16 --micro-tokens"
+    with pytest.raises(ValueError, match=words), explained_outside(lambda: NANO, free):
+        torch.empty(2**50)
+    with pytest.raises(ValueError, match=words), explained_outside(lambda: NANO, free):
+        raise MemoryError("Cannot allocate memory (os error 12)")
+    with pytest.raises(ValueError, match=words), explained_outside(lambda: NANO, free):
+        raise RuntimeError("unable to mmap 470 bytes from file <model.safetensors>: Cannot allocate memory (12)")
+    with pytest.raises(RuntimeError, match="shapes"), explained_outside(lambda: NANO, free):
+        raise RuntimeError("shapes do not match")
+
+
 def test_out_of_memory_becomes_one_line_that_names_the_setting() -> None:
     """Prevents a traceback of the allocator; any other error must come through as it is."""
     job = replace(NANO, micro_tokens=8192)
@@ -98,6 +166,22 @@ def test_steps_are_timed_without_the_first(monkeypatch: pytest.MonkeyPatch) -> N
     found = timed(lambda: steps.append(1))
     assert len(steps) == 6 and found == Timing(9, [2, 2, 3, 2, 2])
     assert found.step == 2 and found.whole(1000) == 9 + 999 * 2
+
+
+def test_work_for_several_steps_is_shared_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a plan for PPO without the replies of all blocks but the first: by hand, the first of three steps takes
+    10 s and the others 1 s, so a step takes 4 s wherever the plan begins; six steps, since five are no whole blocks."""
+    for offset in range(3):
+        clock, number = [0.0], [offset]
+
+        def step(clock: list[float] = clock, number: list[int] = number) -> None:
+            clock[0] += 10 if number[0] % 3 == 0 else 1
+            number[0] += 1
+
+        monkeypatch.setattr(planning.time, "perf_counter", lambda clock=clock: clock[0])
+        found = timed(step, period=3)
+        assert number[0] - offset == 7 and found.each == [4, 4]
+        assert found.whole(100) == found.first + 99 * 4
 
 
 def test_a_watch_sees_the_peak_and_what_was_there() -> None:

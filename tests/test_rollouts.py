@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from moss import tokenizer
+from moss import lora, tokenizer
 from moss.chat import Dialog, Round, Turn, render
 from moss.data.pack import Rows
 from moss.engine import Sampling
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
-from moss.train import lora, rollouts
+from moss.train import rollouts
 from moss.train.loop import computing_copy, refresh
 from moss.train.ppo import ActorCritic, critic_from, learnt, ppo_loss, reply_log_probs
 from moss.train.rl_math import kl_k1

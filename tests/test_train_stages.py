@@ -25,7 +25,7 @@ from moss.data.rows import by_section, of_dialogs
 from moss.log import read as read_log
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
-from moss.train import dpo, launch, loop, memory, pat, ppo, pretrain, reward, sft
+from moss.train import dpo, launch, loop, memory, pat, ppo, pretrain, reward, rollouts, settings, sft
 from moss.train import plan as planning
 from moss.train import tokenizer as tokenizer_stage
 from moss.train.loss import next_token
@@ -215,6 +215,16 @@ def test_resume_is_refused_when_the_run_is_another(made: Path, tmp_path: Path) -
     assert len(figures(out)) == 2
 
 
+def test_a_run_that_is_past_its_end_is_not_its_end(made: Path, tmp_path: Path) -> None:
+    """Prevents a model of more steps than were asked for that calls itself finished."""
+    config = sft_config(made, steps=3, out=tmp_path / "run")
+    assert sft.main(config) == 0
+    (tmp_path / "run/moss.json").unlink()
+    with pytest.raises(ValueError, match="step-000003 is past the end of 2 steps; give --steps 3 or more"):
+        sft.main(dataclasses.replace(config, steps=2, resume=True))
+    assert not (tmp_path / "run/moss.json").exists()
+
+
 def test_other_data_are_a_new_run_from_these_weights(made: Path, tmp_path: Path) -> None:
     """Prevents --resume and "start from these weights on other data" from being one thing: --model takes the weights of
     a checkpoint or of a finished run, and neither its optimizer, nor its place in the data, nor its folder."""
@@ -308,8 +318,90 @@ def test_a_plan_counts_what_stands_once(stage: str, spec: str, made: Path, tmp_p
     )
     size = memory.sizes(found.job.nets[0], found.job.dtype)
     trained = sum(memory.sizes(net, found.job.dtype).trained for net in found.job.nets)
-    assert held == pytest.approx(4 * trained + size.frozen + memory.standing(found.job)["data"], rel=0.01)
+    others = found.job.frozen
+    stands = 4 * trained + size.frozen + memory.standing(found.job)["data"] + sum(others.values())
+    assert held == pytest.approx(stands, rel=0.01)
+    assert list(others) == (["reference", "preference model"] if stage == "ppo" else [])
+    if stage == "ppo":
+        judge = sum(weight.nbytes for weight in load_model(made / "judge").parameters())
+        first = sum(weight.nbytes for weight in load_model(made / "base").parameters())
+        assert others["preference model"] == pytest.approx(judge, rel=0.01)
+        assert 0 < others["reference"] < 0.5 * first if spec else others["reference"] == pytest.approx(first, rel=0.01)
     assert found.measured > 0 and not checkpoint.steps(tmp_path / "run")
+
+
+def test_a_plan_of_ppo_has_its_share_of_writing(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents steps of one block timed over and over: nine steps of blocks of four write three blocks, and leave the
+    policy as it was, so that replies stay as long as they are."""
+    written: list[Any] = []
+    generate = rollouts.generate
+
+    def writing(policy: Decoder, *asked: Any) -> list[list[int]]:
+        written.append(policy.embed.weight.clone())
+        return generate(policy, *asked)
+
+    monkeypatch.setattr(rollouts, "generate", writing)
+    assert ppo.main(ppo_config(made, steps=100, plan=True, out=tmp_path / "run")) == 0
+    assert len(written) == 3 and torch.equal(written[0], written[2])
+
+
+def test_a_plan_steps_through_the_data(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a time that is that of one batch, whatever the others are."""
+    seen: list[int] = []
+    original = Packed.batch
+    monkeypatch.setattr(Packed, "batch", lambda self, at, count: [seen.append(at), original(self, at, count)][1])
+    assert sft.main(sft_config(made, steps=9, plan=True, out=tmp_path / "run")) == 0
+    assert seen == [0, 4, 8, 12, 16, 20]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_begins_where_a_plan_was_made(stage: str, made: Path, tmp_path: Path) -> None:
+    """Prevents a plan that stands in the way of the run that it was made for."""
+    run, make = STAGES[stage]
+    config = make(made, steps=1, plan=True, out=tmp_path / "run")
+    assert run(config) == 0
+    assert not (tmp_path / "run/.lock").exists()
+    assert run(dataclasses.replace(config, plan=False)) == 0
+    assert figures(tmp_path / "run")
+
+
+def test_a_run_on_other_data_begins_where_a_plan_was_made(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents tokens that only a plan has read from being all that this folder can be used for."""
+    config = base_config(made, steps=1, plan=True, out=tmp_path / "run")
+    assert pretrain.main(config) == 0
+    (tmp_path / "other.jsonl").write_text('{"text": "something else"}\n' * 9)
+    other = dataclasses.replace(config, plan=False, data=[tmp_path / "other.jsonl"])
+    assert pretrain.main(other) == 0
+    assert "it is made anew" in " ".join(capsys.readouterr().err.split())
+    assert pretrain.main(dataclasses.replace(other, out=tmp_path / "fresh")) == 0
+    assert figures(tmp_path / "run") == figures(tmp_path / "fresh")
+
+
+def test_no_memory_to_load_is_one_line(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a traceback where not even the model fits, and --lora as advice where there is no base."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise MemoryError("Cannot allocate memory (os error 12)")
+
+    monkeypatch.setattr(planning, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(launch, "load_model", full)
+    monkeypatch.setattr(Decoder, "init_weights", full)
+    for stage, words in {
+        "sft": "out of memory outside the steps; .* MB are needed .*1 MB are free",
+        "ppo": "out of memory outside the steps; .* MB are needed .*1 MB are free",
+        "pretrain": "out of memory outside the steps; .* and a smaller micro-batch does not change that",
+    }.items():
+        run, make = STAGES[stage]
+        with pytest.raises(ValueError, match=words):
+            run(make(made, steps=1, out=tmp_path / stage))
+    frozen = {"reference": made / "base", "preference model": made / "judge"}
+    whole, adapted = (planning.foreseen(ppo_config(made, lora=spec), ("lm", "scalar"), frozen) for spec in ("", "r=2"))
+    size = memory.sizes(whole.nets[0], torch.float32).trained
+    assert list(whole.frozen.values()) == [4 * size, 4 * size] and not adapted.frozen
+    assert [net.head for net in whole.nets] == ["lm", "scalar"] and whole.adaptable
+    assert not planning.foreseen(sft_config(made, resume=True), ("lm",), {}).adaptable
 
 
 def test_what_does_not_fit_is_told_before_it_runs(
@@ -336,6 +428,23 @@ def test_what_does_not_fit_is_told_before_it_runs(
     monkeypatch.setattr(launch, "place", full)
     with pytest.raises(ValueError, match=r"out of memory with micro-batches of 256 tokens; .* are needed"):
         sft.main(dataclasses.replace(config, out=tmp_path / "other"))
+
+
+def test_a_preference_model_on_another_base_is_told(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prevents a second base in memory without a word, where one was meant to carry all roles."""
+    other = load_model(made / "base")
+    with torch.no_grad():
+        other.embed.weight += 1
+    save_model(other, tmp_path / "other")
+    Tokenizer.load(made / "base").save(tmp_path / "other")
+    for base, told in ((made / "base", False), (tmp_path / "other", True)):
+        judge = tmp_path / f"judge-{base.name}"
+        assert reward.main(reward_config(made, model=base, steps=1, lora="r=2", out=judge)) == 0
+        run = tmp_path / f"run-{base.name}"
+        assert ppo.main(ppo_config(made, steps=1, lora="r=2", reward=judge, out=run)) == 0
+        assert ("the preference model is loaded whole" in " ".join(capsys.readouterr().err.split())) == told
 
 
 def test_adapters_do_not_go_on_as_a_whole_model(made: Path, tmp_path: Path) -> None:
@@ -671,7 +780,7 @@ def sft_gradients(model: Decoder, batches: list[loop.Micro]) -> tuple[float, int
 
 def test_stages_share_one_set_of_flags() -> None:
     """Prevents a stage that outgrows 25 fields, or one that silently lacks what all stages have."""
-    shared = {field.name for field in dataclasses.fields(launch.Settings)}
+    shared = {field.name for field in dataclasses.fields(settings.Settings)}
     for stage in (pretrain.Pretrain, sft.SFT):
         names = [field.name for field in dataclasses.fields(stage)]
         assert shared <= set(names) and len(names) <= 25

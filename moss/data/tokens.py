@@ -152,30 +152,42 @@ class Tokens:
 # ---------------------------------------------------------------- writing
 
 
-def prepare(paths: Sequence[Path], tok: Tokenizer, folder: Path) -> Tokens:
+def prepare(paths: Sequence[Path], tok: Tokenizer, folder: Path, *, anew: bool = False) -> Tokens:
     """The tokens of these files in `folder`: tokenised, or taken as they are where that has been done.
 
     What another process began is finished; where one is at it, this one waits. ValueError where the folder is whole
-    but of other sources or another tokenizer, and where a source is broken (its line is named).
+    but of other sources or another tokenizer (with `anew` it is made anew), and where a source is broken (its line is
+    named).
     """
     with _held(folder):
         sources = _sources(paths)
         if (folder / INDEX).is_file():
-            tokens = Tokens.open(folder, tok)
-            for path, was, now in zip(paths, tokens.sources, sources):
-                if (was.bytes, was.sha256) != (now.bytes, now.sha256):
-                    raise ValueError(
-                        f"{path}: the data has changed since {folder} was made from {was.name} ({was.bytes:,} bytes, "
-                        f"sha256 {was.sha256[:12]}); delete that folder, or choose another --out"
-                    )
-            if (had := len(tokens.sources)) != len(paths):
-                raise ValueError(
-                    f"the data has changed since {folder} was made from {had} files, now there are {len(paths)}; "
-                    "delete that folder, or choose another --out"
-                )
-            return tokens
+            try:
+                return _whole(paths, sources, tok, folder)
+            except ValueError:
+                if not anew:
+                    raise
+                note(f"{folder} is not of these data and this tokenizer: it is made anew")
+                (folder / INDEX).unlink()
         _write(paths, sources, tok, folder)
         return Tokens.open(folder, tok)
+
+
+def _whole(paths: Sequence[Path], sources: Sequence[Source], tok: Tokenizer, folder: Path) -> Tokens:
+    """The tokens that are there; ValueError where they are of something else."""
+    tokens = Tokens.open(folder, tok)
+    for path, was, now in zip(paths, tokens.sources, sources):
+        if (was.bytes, was.sha256) != (now.bytes, now.sha256):
+            raise ValueError(
+                f"{path}: the data has changed since {folder} was made from {was.name} ({was.bytes:,} bytes, "
+                f"sha256 {was.sha256[:12]}); delete that folder, or choose another --out"
+            )
+    if (had := len(tokens.sources)) != len(paths):
+        raise ValueError(
+            f"the data has changed since {folder} was made from {had} files, now there are {len(paths)}; "
+            "delete that folder, or choose another --out"
+        )
+    return tokens
 
 
 @contextmanager

@@ -35,10 +35,11 @@ from moss.train.loop import Loss, Micro
 from moss.train.ppo import reply_log_probs
 from moss.train.reward import HELD_OUT, MATERIAL, read
 from moss.train.rl_math import dpo
+from moss.train.settings import Settings, check, shares
 
 
 @dataclass(frozen=True)
-class DPO(launch.Settings):
+class DPO(Settings):
     """Train a model on pairs of a better and a worse reply, without a preference model."""
 
     out: Path = Path("runs/dpo")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
@@ -51,7 +52,7 @@ class DPO(launch.Settings):
 
 def main(config: DPO) -> int:
     """Read the pairs, ask the reference, train."""
-    launch.check(config)
+    check(config)
     if not config.beta:
         raise UsageError("--beta is 0: then every margin is 0 and nothing is learnt; it must be above 0")
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
@@ -59,7 +60,7 @@ def main(config: DPO) -> int:
         tokenizer, model = launch.load(config, start, config.model)
         if not held_out and not given:
             held_out = launch.material(config, "preferences", HELD_OUT, split="held_out")
-        rows, known = launch.shares(config)[2], start is not None
+        rows, known = shares(config)[2], start is not None
         valid = Referenced(read(held_out, tokenizer, config), rows, known) if held_out else None
         groups = read(given or launch.material(config, "preferences", MATERIAL), tokenizer, config)
         data = Referenced(groups, rows, known, valid)

@@ -1,7 +1,6 @@
-"""What every stage does around its loop: settings, folder, resume, device, compiling, saving, the finished model.
+"""What every stage does around its loop: folder, resume, device, compiling, saving, the finished model.
 
-A stage's config extends `Settings` with what is its own, its `main` makes tokenizer, data, model and loss, and
-`train` does the rest:
+A stage's `main` makes tokenizer, data, model and loss, and `train` does the rest:
 
     with opened(config) as (start, stop):          # the run's folder is ours; `start` is the checkpoint to go on from
         ...
@@ -14,21 +13,20 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
-from moss import checkpoint, dist
-from moss.config import option, to_json
+from moss import checkpoint, dist, lora, peft
+from moss.config import to_json
 from moss.data.curriculum import Curriculum, write
-from moss.data.pack import Rows
 from moss.errors import UsageError
 from moss.grow import grow
 from moss.log import RunLog, console, note
@@ -36,8 +34,9 @@ from moss.model import Decoder, Head
 from moss.optim import Optimizers, make_optimizer, rate
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer, add_markers
-from moss.train import loop, lora, memory, peft, plan, report
+from moss.train import loop, memory, plan, report
 from moss.train.machine import COMPILE_PAYS, compile_blocks, pick_device, pick_dtype, to_device
+from moss.train.settings import Run, shares
 from moss.weights import load_model, read_config
 
 # Settings that may differ between a run and its resumption, because they do not change what is computed (compile and
@@ -53,7 +52,8 @@ class Data(Protocol):
     """What a stage trains on: rows of fixed length, counted by one position from the start of training.
 
     One that makes its rows while training (PPO's rollouts) also has `state_dict` and `load_state_dict`, kept in every
-    checkpoint, and may end the stage with `stop_reason() -> str`.
+    checkpoint, and may end the stage with `stop_reason() -> str`; for `--plan` it has `period`, the positions after
+    which its work repeats, `slots`, the replies that an engine writes at a time, and `frozen`, models by name.
     """
 
     length: int  # places in a row
@@ -76,71 +76,22 @@ class Data(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Run:
-    """What every run has."""
-
-    data: list[Path] = option(list)  # training files or folders of them; none = material of the scripted teacher
-    out: Path = Path("runs/out")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
-    steps: int = 0  # steps to train; 0 = one pass over the data (or --epochs of them)
-    batch_tokens: int = 8192  # places for tokens in one step, padding included
-    micro_tokens: int = 0  # places computed at a time, the gradients added up; 0 = as many as memory allows
-    length: int = 512  # tokens of a packed row
-    lr: float = 3e-3  # AdamW, for embeddings, head and norms (and for matrices without Muon)
-    warmup: float = 20  # steps of linear warm-up; below 1 a share of all steps
-    schedule: Literal["linear", "cosine", "constant"] = "linear"  # of the rate: to 0 over the second half; to 1/10
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # to compute in; auto = bfloat16 where the machine has it
-    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto = where it works and the run is long
-    device: str = "auto"  # cpu, cuda, cuda:1, …; auto = cuda where there is one
-    seed: int = 0  # of the first weights and of the order of the data
-    save_every: int = 200  # steps between checkpoints, each with a validation; 0 = only at the end and when stopped
-    resume: bool = False  # go on from the newest whole checkpoint in --out, if there is one
-    lora: str = ""  # train adapters on frozen weights: r=16,alpha=32,targets=q+v,base=int4 (all but r may be left out)
-    plan: bool = False  # print what the run will need, memory by part and time, and stop
-    report: bool = False  # draw log.jsonl as report.png in --out at the end
-
-
-@dataclass(frozen=True)
-class Settings(Run):
-    """What all stages share that train on files."""
-
-    valid: list[Path] = option(list)  # files whose loss is reported along the way, never trained on
-    epochs: float = 1.0  # passes over the data where --steps is 0
-    matrix_lr: float = 0.02  # Muon, for the matrices of the blocks; 0 = AdamW at --lr for them too
-    weight_decay: float = 0.0  # on matrices
-
-
-def check(config: Run) -> None:
-    """Refuse settings that cannot work, before anything is read or written: UsageError."""
-    positive = ("batch_tokens", "length", "epochs", "lr", "depth", "max_tokens")
-    others = ("steps", "micro_tokens", "warmup", "save_every", "weight_decay", "matrix_lr", "seed", "beta")
-    for name in positive + others:
-        value = getattr(config, name, 1)  # some belong to one stage alone
-        if not 0 <= value < math.inf or (value == 0 and name in positive):
-            least = "above 0" if name in positive else "0 or more"
-            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be {least}")
-    if config.lora:
-        lora.parse(config.lora)
-    if config.report:
-        report.check_can_draw()
-    if config.seed >= 2**63:
-        raise UsageError(f"--seed is {config.seed}; it must be below 2 to the power of 63")
-    step, row = config.batch_tokens, config.length
-    micro = config.micro_tokens or step
-    if row < 2 or step % row:
-        raise UsageError(f"--batch-tokens {step} must be a multiple of --length {row}, and that at least 2")
-    if step % micro or micro % row:
-        raise UsageError(
-            f"--micro-tokens {micro} must divide --batch-tokens {step} and be a multiple of --length {row}"
-        )
-
-
 @contextmanager
-def opened(config: Run) -> Iterator[tuple[Path | None, loop.Stop]]:
-    """Hold the run's folder; give the checkpoint to go on from (None: start anew) and the ear for signals."""
-    with loop.Stop() as stop, dist.started(pick_device(config.device)), ExitStack() as held:
+def opened(
+    config: Run, *, heads: Sequence[Head] = ("lm",), frozen: Mapping[str, Path | None] = {}
+) -> Iterator[tuple[Path | None, loop.Stop]]:
+    """Hold the run's folder; give the checkpoint to go on from (None: start anew) and the ear for signals.
+
+    `heads` of the models that will train, and the folders of those that will not, tell what a run needs whose memory
+    ends before they are loaded.
+    """
+    device = pick_device(config.device)
+    with loop.Stop() as stop, dist.started(device), ExitStack() as held:
         dist.first(lambda: held.enter_context(checkpoint.lock(config.out)))
-        yield dist.first(partial(beginning, config)), stop
+        start = dist.first(partial(beginning, config))
+        free = min(plan.free_memory(device), plan.free_memory("cpu"))
+        with plan.explained_outside(partial(plan.foreseen, config, heads, frozen), free):
+            yield start, stop
 
 
 def beginning(config: Run) -> Path | None:
@@ -283,15 +234,15 @@ def train(
     dtype = pick_dtype(config.dtype, device)
     rows, own, micro = shares(config)
     adapted = bool(lora.adapters(model))
-    job = job_of(stage, config, model, data, dtype, checkpointing)
-    free = min(dist.gathered(plan.free_memory(str(device)) + held_by(model, device)))  # so that all ranks pick alike
+    adaptable = start is None and (stage != "pretrain" or "base" in (extra or {}))
+    job = replace(plan.job_of(stage, config, parts_of(model).values(), data, dtype), adaptable=adaptable)
+    held = plan.held_by(model, device) + sum(job.frozen.values())
+    free = min(dist.gathered(plan.free_memory(str(device)) + held))  # so that all ranks pick alike
     then = checkpoint.read_info(start).get("micro_rows") if start else None  # the same sums on any machine
     if then and not config.micro_tokens:
         job = replace(job, micro_tokens=math.gcd(then, own) * config.length)
-    if not plan.plan(job, free).fits:
-        job = replace(job, checkpointing=True)  # slower, and the same numbers
-    found = plan.plan(job, free)
-    micro, job = found.micro_tokens // config.length, replace(job, micro_tokens=found.micro_tokens)
+    found = plan.chosen(replace(job, checkpointing=checkpointing), free)
+    micro, job = found.micro_tokens // config.length, replace(found.job, micro_tokens=found.micro_tokens)
     if not found.fits and config.plan:
         console.print(plan.table(found))
         return 0
@@ -307,6 +258,10 @@ def train(
         describe(stage, config, dtype, model, tokenizer, data) | {"micro_rows": micro} | (extra or {})
     )
     state = restore(start, info, optimizer, data) if start else loop.State()
+    if state.step > steps:
+        raise ValueError(
+            f"{start} is past the end of {steps} steps; give --steps {state.step} or more, or another --out"
+        )
     size = sum(parameter.numel() for parameter in model.parameters())
     where = str(device) if dist.world() == 1 else f"{dist.world()} processes ({device.type})"
     note(
@@ -334,10 +289,17 @@ def train(
     if job.checkpointing:
         dist.recompute(net)
     if config.plan:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # so that replies stay as long as this model writes them
+
+        def step() -> None:
+            micro, state.position = batches(state.position)
+            one_step(model, net, loss_fn, micro, optimizer)
+
         stays = memory.standing(job)
         watch = plan.Watch(str(device), sum(stays.values()) - (0 if start else stays["optimizer"]))  # made by a step
         with plan.explained(job, free):
-            timing = plan.timed(lambda: one_step(model, net, loss_fn, batches(state.position)[0], optimizer))
+            timing = plan.timed(step, period=-(-getattr(data, "period", rows) // rows))
         found = replace(plan.plan(job, free), measured=watch.taken())
         console.print(plan.table(found, steps=steps, timing=timing))
         return 0
@@ -373,38 +335,6 @@ def train(
     return 0
 
 
-def held_by(model: nn.Module, device: torch.device) -> int:
-    """Bytes of a device's memory that the model has already."""
-    return sum(each.nbytes for each in (*model.parameters(), *model.buffers()) if each.device.type == device.type)
-
-
-def job_of(
-    stage: str, config: Run, model: nn.Module, data: Data, dtype: torch.dtype, checkpointing: bool
-) -> memory.Job:
-    """What decides the memory of this run."""
-    spec = lora.parse(config.lora) if config.lora else None
-    of_text: memory.LossKind = "log-probs" if stage in ("dpo", "ppo") else "cross-entropy"
-    kinds: dict[str, memory.LossKind] = {"lm": of_text, "scalar": "scores"}
-    nets = tuple(
-        memory.Net(part.config, part.head_kind, kinds[part.head_kind], spec, rows=len(getattr(part.embed, "rows", ())))
-        for part in parts_of(model).values()
-    )
-    rows = getattr(data, "rows", None)
-    held = sum(array.nbytes for array in (rows.ids, rows.mask, rows.starts)) if isinstance(rows, Rows) else 0
-    return memory.Job(
-        nets,
-        config.length,
-        config.batch_tokens,
-        config.micro_tokens,
-        dtype,
-        muon=getattr(config, "matrix_lr", 0.0) > 0 and spec is None,
-        checkpointing=checkpointing,
-        device=torch.device(pick_device(config.device)).type,
-        data=held,
-        ranks=dist.world(),
-    )
-
-
 def one_step(
     model: nn.Module, net: nn.Module, loss_fn: loop.LossFn, micro: list[loop.Micro], optimizer: Optimizers
 ) -> None:
@@ -412,19 +342,6 @@ def one_step(
     _, norm, _, _ = loop.gradients(model, net, loss_fn, micro)
     loop.update(model, net, optimizer, norm, clip=1.0)
     optimizer.zero_grad(set_to_none=True)
-
-
-def shares(config: Run) -> tuple[int, int, int]:
-    """Rows of a step, of these each rank's, and of these a micro-batch's."""
-    rows, many = config.batch_tokens // config.length, dist.world()
-    own = rows // many
-    micro = min(config.micro_tokens // config.length or own, own)
-    if rows % many or own % micro:
-        raise UsageError(
-            f"--batch-tokens {config.batch_tokens}: {rows} rows do not go evenly to {many} processes"
-            + (f" in micro-batches of {micro}" if config.micro_tokens else "")
-        )
-    return rows, own, micro
 
 
 def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -84,7 +84,8 @@ class State:
 
 
 class Stop:
-    """SIGTERM and Ctrl-C while training: the step is finished and saved. Before training begins they end at once."""
+    """SIGTERM and Ctrl-C while training: the step is finished and saved. Before that they end at once, SIGTERM with 0,
+    for nothing is lost, but over several ranks, where `torchrun` ends all when one fails."""
 
     def __init__(self) -> None:
         self.asked = ""  # the name of the signal that asked for an end
@@ -110,7 +111,8 @@ class Stop:
         if number == signal.SIGINT and ((self.asked and dist.world() == 1) or not self._training):
             raise KeyboardInterrupt
         if not self._training:
-            raise SystemExit(128 + number)  # nothing has been trained that could be lost
+            os.write(2, f"\n{name} before the first step: nothing has been trained yet, so nothing is lost\n".encode())
+            raise SystemExit(0 if dist.world() == 1 else 128 + number)
         self.asked = name
         os.write(2, f"\n{name}: finishing this step, then saving (Ctrl-C to quit without saving)\n".encode())
 

@@ -14,15 +14,16 @@ compare it with the tensors that are really saved, and the moments with those th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Literal
 
 import torch
 
 from moss.attention import BLOCK
+from moss.engine.cache import FIRST_LENGTH
+from moss.lora import PIECE, Spec, base_bytes, num_trainable
 from moss.model import Decoder, Head, ModelConfig
-from moss.train.lora import PIECE, Spec, base_bytes, num_trainable
 from moss.train.loss import CHUNK
 
 BATCH = 4 * 8  # bytes a place of a packed batch takes: four arrays of int64
@@ -56,9 +57,11 @@ class Job:
     checkpointing: bool = False  # blocks keep their input alone, and are computed again in backward
     device: str = "cpu"
     learnt: float = 1.0  # share of places with a target
-    frozen: float = 0.0  # bytes of models that only compute: reference, preference model
+    frozen: Bytes = field(default_factory=dict)  # of models that only compute, by name; what they share with nets aside
+    slots: int = 0  # replies that PPO's engine writes at a time
     data: float = 0.0  # bytes of the training rows
     ranks: int = 1  # over which weights, gradients and optimizer are cut (moss/dist.py)
+    adaptable: bool = True  # adapters could train instead: there is a base
 
 
 # ---------------------------------------------------------------- what stays
@@ -108,7 +111,8 @@ def standing(job: Job) -> Bytes:
     found["weights"] = 4 * trained / job.ranks
     found["computing copy"] = c * trained if c != 4 and job.ranks == 1 else 0.0
     found["optimizer"] = (8 * trained - (4 * matrices if job.muon else 0)) / job.ranks
-    found["frozen"] = job.frozen + max(size.frozen for size in counted)  # one base carries all adapters
+    found["frozen base"] = max(size.frozen for size in counted)  # one carries all adapters
+    found |= job.frozen
     found["data"] = job.data + BATCH * job.batch_tokens / job.ranks
     return found
 
@@ -254,7 +258,23 @@ def moments(job: Job, micro: int) -> dict[str, Bytes]:
     if job.dtype.itemsize != 4 and job.ranks == 1:  # the copy's become float32 one by one, the embedding's first
         table = max(net.config.vocab_size * net.config.hidden * (net.lora is None) for net in job.nets)
         found["gradients collected"] = added(stays, {"gradients": done + 4 * table})
+    if job.slots:
+        found["writing replies"] = added(stays, {"engine": engine_needs(job)})
     return found | {"the update": added(stays, {"gradients": 4 * trained, "update": orthogonal})}
+
+
+def engine_needs(job: Job) -> float:
+    """Bytes of the engine that writes PPO's replies: keys and values of its rows, and the policy's weights where it
+    needs them once more, gathered from the ranks or, on a CPU, with adapters merged into them."""
+    policy, c = job.nets[0], job.dtype.itemsize if job.ranks == 1 else 4
+    model, columns = policy.config, FIRST_LENGTH
+    while columns < job.length:
+        columns *= 2
+    columns = min(columns, model.max_length)
+    rows = 2 * model.num_layers * model.num_kv_heads * model.head_dim * columns * job.slots * c
+    whole = sizes(replace(policy, lora=None), job.dtype)
+    merged = whole.matrices if policy.lora and job.device == "cpu" else 0
+    return rows + c * (merged if job.ranks == 1 else whole.trained)
 
 
 def added(*parts: Bytes) -> Bytes:

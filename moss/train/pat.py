@@ -40,6 +40,7 @@ from moss.train import launch, machine
 from moss.train.loss import next_token
 from moss.train.reward import check_judge, load_judge, score_replies
 from moss.train.rl_math import LEVELS, bucket, bucket_edges
+from moss.train.settings import check
 from moss.train.sft import SFT, sections
 
 MATERIAL = 12_000  # replies of the scripted teacher, of every quality, where no --data is given
@@ -58,10 +59,10 @@ class PAT(SFT):
 
 def main(config: PAT) -> int:
     """Score, tag, show the histogram, train."""
-    launch.check(config)
+    check(config)
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
-    judge = weights_sha256(config.reward)
     with launch.opened(config) as (start, stop):
+        judge = weights_sha256(config.reward)
         found, scores = scored(read(given or launch.material(config, "replies", MATERIAL)), config, judge, "scores")
         asked, others = scored(read(held_out), config, judge, "scores-valid") if held_out else ([], scores[:0])
         edges = bucket_edges(scores)

@@ -25,17 +25,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moss import lora, peft
 from moss.data.rows import data_files
 from moss.errors import UsageError
+from moss.log import note
 from moss.model import Decoder
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer, require_markers
-from moss.train import launch, lora, machine, peft
+from moss.train import launch, machine
 from moss.train.loop import Loss, Micro
 from moss.train.loss import log_probs_at
 from moss.train.reward import load_judge, score_replies
 from moss.train.rl_math import clipped_policy_loss, clipped_value_loss
 from moss.train.rollouts import FIGURES, Rollouts, fit, read, readable
+from moss.train.settings import Run, check
 from moss.weights import load_model
 
 MATERIAL = 2000  # prompts of the scripted teacher where no --data is given
@@ -52,7 +55,7 @@ PLATEAU = 8  # blocks without a gain over the `PLATEAU` before
 
 
 @dataclass(frozen=True)
-class PPO(launch.Run):
+class PPO(Run):
     """Train a model to please a preference model, without moving far from where it began."""
 
     out: Path = Path("runs/ppo")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
@@ -68,29 +71,33 @@ class PPO(launch.Run):
 
 def main(config: PPO) -> int:
     """Load the models and the prompts, train."""
-    launch.check(config)
+    check(config)
     if config.max_tokens >= config.length:
         raise UsageError(f"--max-tokens {config.max_tokens} leaves no room for a prompt in --length {config.length}")
     given = data_files(config.data, "--data")
     device = torch.device(machine.pick_device(config.device))
     dtype = machine.pick_dtype(config.dtype, device)
-    with launch.opened(config) as (start, stop):
+    others = {"reference": config.model, "preference model": config.reward}
+    with launch.opened(config, heads=("lm", "scalar"), frozen=others) as (start, stop):
         tokenizer, model, first, judge_tokenizer, judge = (adapted_roles if config.lora else roles)(config, start)
-        frozen = {"reference": fingerprint(first), "reward": fingerprint(judge)}
+        models = {"reference": fingerprint(first), "reward": fingerprint(judge)}
+        first.to(device, dtype)
+        judge.to(device)
         asked = read(given or launch.material(config, "preferences", MATERIAL))
         prompts = fit(asked, tokenizer, config.length, config.max_tokens)
         rollouts = Rollouts(
             readable(prompts, judge_tokenizer, judge.config.max_length, config.max_tokens),
             tokenizer,
             model,
-            reference=partial(reply_log_probs, first.to(device, dtype)),
-            score=partial(score_replies, judge.to(device), judge_tokenizer, cut=True),
+            reference=partial(reply_log_probs, first),
+            score=partial(score_replies, judge, judge_tokenizer, cut=True),
             length=config.length,
             replies=config.batch_tokens // config.length * MINIBATCHES,
             max_tokens=config.max_tokens,
             beta=config.beta,
             seed=config.seed,
-            models=frozen,
+            models=models,
+            frozen={"reference": first, "preference model": judge},
             ending=why_stop,
         )
         return launch.train("ppo", config, model, tokenizer, rollouts, ppo_loss, start=start, stop=stop)
@@ -140,6 +147,8 @@ def adapted_roles(config: PPO, start: Path | None) -> Roles:
         launch.adapt(config, judge, known, source)
     else:
         judge_tokenizer, judge = load_judge(config.reward, machine.pick_device(config.device))
+        if peft.is_adapter(known):
+            note(f"{known} is another adapter than --lora makes of {source}: the preference model is loaded whole")
     policy, critic, reference = lora.view(base), lora.view(base, "scalar"), lora.view(base)
     launch.adapt(config, policy, start, source)
     launch.adapt(config, reference, None, source)  # multiplies integers as training does

@@ -36,7 +36,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from moss import checkpoint, dist
+from moss import checkpoint, dist, peft
 from moss.config import option
 from moss.data import mix
 from moss.data.tokens import INDEX, Tokens, prepare
@@ -46,8 +46,9 @@ from moss.log import console, note
 from moss.model import Decoder, ModelConfig
 from moss.resolve import locate
 from moss.tokenizer import Tokenizer
-from moss.train import launch, machine, peft
+from moss.train import launch, machine
 from moss.train.loss import next_token
+from moss.train.settings import Settings, check
 from moss.train.tokenizer import EXTENDS
 
 LENGTH = 1024  # tokens that a new model can attend to, at least
@@ -60,7 +61,7 @@ PAPER = {"lr": 3e-5, "matrix_lr": 0.0, "weight_decay": 0.1, "warmup": 0.02, "sch
 
 
 @dataclass(frozen=True)
-class Pretrain(launch.Settings):
+class Pretrain(Settings):
     """Train a language model from plain text."""
 
     # files, folders of them or of shards, with NAME=PATH:SHARE as a mixture, en=pile.jsonl:57.1 zh=web/:14.1; none =
@@ -87,9 +88,9 @@ def main(config: Pretrain) -> int:
     sources, held_out = mix.parse(config.data, "--data"), mix.parse(config.valid, "--valid")
     base = base_of(config.model)
     settings = completed(config, PAPER if base else NEW)
-    launch.check(settings)
+    check(settings)
     check_shares(settings)
-    with launch.opened(settings) as (start, stop):
+    with launch.opened(replace(settings, model=base or settings.model)) as (start, stop):
         told = checkpoint.read_info(start) if start else {}
         settings = completed(config, told.get("run", PAPER if base else NEW))
         tokenizer, model, before = begin(settings, start, told, base, held_out)
@@ -196,7 +197,8 @@ def read(source: mix.Source, tokenizer: Tokenizer, config: Pretrain, prefix: str
     if source.tokens:
         tokens = Tokens.open(source.tokens, tokenizer)
     else:
-        tokens = prepare(source.files, tokenizer, config.out / "tokens" / (prefix + source.name))
+        folder = config.out / "tokens" / (prefix + source.name)
+        tokens = prepare(source.files, tokenizer, folder, anew=not config.resume)  # no run has read what is there
     return mix.TokenRows(tokens, config.length, config.seed)
 
 

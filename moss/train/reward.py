@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor, nn
 
-from moss import checkpoint, dist
+from moss import checkpoint, dist, peft
 from moss.chat import Dialog, TooLong
 from moss.data import pairs
 from moss.data.pack import Rows, best_fit, lay
@@ -36,9 +36,10 @@ from moss.log import console, note
 from moss.model import Decoder
 from moss.resolve import beside, holds_model
 from moss.tokenizer import Tokenizer, require_markers
-from moss.train import launch, machine, peft
+from moss.train import launch, machine
 from moss.train.loop import Loss, Micro
 from moss.train.rl_math import bradley_terry
+from moss.train.settings import Run, Settings, check, shares
 from moss.weights import load_model
 
 MATERIAL = 8000  # prompts of the scripted teacher where no --data is given
@@ -49,7 +50,7 @@ BATCH = 16_384  # places for tokens that `score_replies` computes at a time
 
 
 @dataclass(frozen=True)
-class Reward(launch.Settings):
+class Reward(Settings):
     """Train a preference model: a score for replies, from pairs of a better and a worse one."""
 
     out: Path = Path("runs/reward")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
@@ -62,9 +63,9 @@ class Reward(launch.Settings):
 
 def main(config: Reward) -> int:
     """Read the pairs, train, say how well held-out pairs are told apart."""
-    launch.check(config)
+    check(config)
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
-    with launch.opened(config) as (start, stop):
+    with launch.opened(config, heads=("scalar",)) as (start, stop):
         tokenizer, model = launch.load(config, start, config.model, head="scalar")
         data = read(given or launch.material(config, "preferences", MATERIAL), tokenizer, config)
         if not held_out and not given:
@@ -98,7 +99,7 @@ def main(config: Reward) -> int:
         return code
 
 
-def read(paths: Sequence[Path], tokenizer: Tokenizer, config: launch.Run) -> pairs.Groups:
+def read(paths: Sequence[Path], tokenizer: Tokenizer, config: Run) -> pairs.Groups:
     """Preferences as packed rows."""
     note(f"reading {', '.join(map(str, paths))}")
     found = (preference for path in paths for preference in pairs.read(path))
@@ -140,7 +141,7 @@ def preference_loss(net: Decoder, batch: Micro) -> Loss:
 @torch.no_grad()
 def score_groups(net: nn.Module, data: pairs.Groups, config: Reward) -> np.ndarray:
     """The score of each reply of `data`, (R,) float64, by the net as it computes in training; the same on each rank."""
-    device, rows = next(net.parameters()).device, launch.shares(config)[2]
+    device, rows = next(net.parameters()).device, shares(config)[2]
     scores = np.zeros(len(data.replies))
     begins = range(0, len(data), rows)
     with torch.compiler.set_stance("force_eager"):  # compiling anew, without gradients, would not pay

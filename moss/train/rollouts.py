@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moss import dist
 from moss.chat import Dialog, TooLong, parse, render, trim
@@ -34,10 +34,10 @@ from moss.data.pack import Rows, best_fit, lay
 from moss.engine import Engine, Sampling
 from moss.engine.step import Step, runner
 from moss.log import note
+from moss.lora import adapters, merge, merge_rows, view
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
 from moss.train.loop import Micro
-from moss.train.lora import adapters, merge, merge_rows, view
 from moss.train.machine import to_device
 from moss.train.rl_math import gae, kl_k1, whiten
 
@@ -213,6 +213,7 @@ class Rollouts:
     passes: int = PASSES
     seed: int = 0
     models: dict[str, str] = field(default_factory=dict)  # what tells the frozen models from others
+    frozen: dict[str, nn.Module] = field(default_factory=dict)  # these models themselves, by name
     ending: Callable[[Sequence[dict[str, float]]], str] | None = None  # why to end, from the figures of all blocks
     history: list[dict[str, float]] = field(default_factory=list)
     block: Block | None = None
@@ -224,6 +225,16 @@ class Rollouts:
     def fill(self) -> float:
         """The share of a row that a mean prompt takes with the longest reply; packing fills the rest."""
         return (sum(len(prompt.ids) for prompt in self.prompts) / len(self.prompts) + self.max_tokens) / self.length
+
+    @property
+    def period(self) -> int:
+        """Positions of a block with all its passes: each time a new one is written."""
+        return self.replies * self.passes
+
+    @property
+    def slots(self) -> int:
+        """Replies that are written at a time, at most."""
+        return min(SLOTS, self.replies)
 
     def record(self) -> dict[str, Any]:
         """The prompts, the shape of a block and the frozen models: a run goes on with the same ones only."""
@@ -263,7 +274,7 @@ class Rollouts:
 
         There are as few rows as hold them, up to a multiple that keeps the number of shapes down to `SHAPES`.
         """
-        number, at = divmod(position, self.replies * self.passes)
+        number, at = divmod(position, self.period)
         number_of_pass, at = divmod(at, self.replies)
         if at + count > self.replies:
             raise ValueError(f"{count} replies from position {position} on cross the end of a pass over {self.replies}")

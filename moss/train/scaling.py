@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 
 from moss.files import replacing
+from moss.lora import Spec
 from moss.model import Decoder, ModelConfig, flops_per_token
-from moss.train.lora import Spec
 from moss.train.memory import Bytes, Job, Net, head_needs, kept_by_block, sizes
 from moss.train.plan import gigabytes, plan
 
@@ -241,7 +241,7 @@ def card_table(memory: float = 24e9, rank: int = 16) -> str:
         small = sum(part(name, 0.0) for name in ("weights", "computing copy", "gradients", "optimizer"))
         kept = sum(part(name, 0.0) for name in GROUPS["activations"])
         rest = sum(part(name, 0.0) for name in GROUPS["logits, backward, batch"])
-        cells = [gigabytes(value) for value in (found.bytes["frozen"], small, kept, rest)]
+        cells = [gigabytes(value) for value in (found.bytes["frozen base"], small, kept, rest)]
         whole = gigabytes(found.total) + ("" if found.fits else ": no")
         lines.append(f"| {width or 'bfloat16'}{', recomputed' if again else ''} | {' | '.join(cells)} | {whole} |")
     return "\n".join(lines)

@@ -27,12 +27,13 @@ from moss.log import console, note
 from moss.tokenizer import Tokenizer
 from moss.train import launch
 from moss.train.loss import next_token
+from moss.train.settings import Settings, check
 
 MATERIAL = 4000  # conversations of the scripted teacher where no --data is given
 
 
 @dataclass(frozen=True)
-class SFT(launch.Settings):
+class SFT(Settings):
     """Fine-tune a language model on conversations."""
 
     out: Path = Path("runs/sft")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
@@ -42,7 +43,7 @@ class SFT(launch.Settings):
 
 def main(config: SFT) -> int:
     """Render, show what is learnt, train."""
-    launch.check(config)
+    check(config)
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
     with launch.opened(config) as (start, stop):
         tokenizer, model = launch.load(config, start, config.model)

@@ -33,10 +33,10 @@ from torch import Tensor, nn
 from moss.engine.quant import WIDTHS
 from moss.files import replacing
 from moss.grow import grow
+from moss.lora import TARGETS, LearntRows, LoRALinear, Spec, inject, linears, load_base, merge, merge_rows
 from moss.model import Decoder, Head
 from moss.shards import SHOWN, read_json
 from moss.tokenizer import Tokenizer
-from moss.train.lora import TARGETS, LearntRows, LoRALinear, Spec, inject, linears, load_base, merge, merge_rows
 from moss.weights import LAYOUTS, file_name, pick_layout, read_config
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
