@@ -129,6 +129,20 @@ def test_the_loss_by_hand() -> None:
     by_hand = math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)) + math.log(1 + math.exp(-1))
     assert float(loss.total.detach()) == pytest.approx(by_hand) == pytest.approx(2.5671, abs=1e-4)
     assert loss.count == 3 and float(loss.figures["accuracy"]) == 2
+    drawn = reward.preference_loss(Told(scores), batch, center=0.01)  # type: ignore[arg-type]
+    assert float(drawn.total.detach()) == pytest.approx(by_hand + 0.01 * (4**2 + 4**2 + 0**2))
+
+
+def test_scores_of_different_prompts_compare() -> None:
+    """Prevents a score whose height says of which prompt a reply is: equation 1 alone does not move such an offset."""
+    offset = torch.tensor([[5.0], [-5.0]], requires_grad=True)
+    batch = {name: torch.zeros(2, 2, dtype=torch.int64) for name in ("ids", "positions", "segments")}
+    batch |= {"last": torch.tensor([[0, 1], [0, 1]]), "pairs": torch.tensor([[0, 0, 1], [1, 0, 1]])}
+    for center, moves in ((0.0, False), (0.01, True)):
+        scores = offset + torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+        loss = reward.preference_loss(Told(scores), batch, center).total  # type: ignore[arg-type]
+        grad = torch.autograd.grad(loss, offset)[0].flatten()
+        assert torch.equal(grad.sign(), torch.tensor([1.0, -1.0]) * moves)
 
 
 @pytest.mark.parametrize("family", [MOSS, {}])

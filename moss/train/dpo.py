@@ -1,7 +1,7 @@
 """`moss train dpo`: direct preference optimisation, the third way beside `pat` and `ppo` (arXiv 2305.18290).
 
     moss train dpo --model runs/sft --data pairs.jsonl --out runs/dpo
-    moss train dpo --model sft-16b --data pairs.jsonl --length 2048 --lr 5e-7 --matrix-lr 0
+    moss train dpo --model sft-16b --data pairs.jsonl --length 2048
 
 From the pairs that `moss train reward` reads, without a preference model and without generating: the model learns to
 make the better reply likelier and the worse one less likely than the model that it began as makes them, by equation 7
@@ -35,7 +35,7 @@ from moss.train.loop import Loss, Micro
 from moss.train.ppo import reply_log_probs
 from moss.train.reward import HELD_OUT, MATERIAL, read
 from moss.train.rl_math import dpo
-from moss.train.settings import Settings, check, shares
+from moss.train.settings import Settings, check, shares, with_rates
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,15 @@ class DPO(Settings):
     model: Path | None = None  # folder of the model to start from and to compare with; none = the bundled model
     beta: float = 0.1  # what a unit of log-probability away from the first model counts; smaller moves further
     length: int = 1024  # tokens of a packed row; a prompt with all its replies must fit into one
-    lr: float = 1e-4  # AdamW; at five times that a nano soon writes empty replies
+    lr: float | None = (
+        None  # AdamW; none = 1e-4 for a nano, which at 5e-4 soon writes empty replies, 5e-7 for a large one
+    )
     matrix_lr: float = 0.0  # Muon, for the matrices of the blocks; 0 = AdamW at --lr for them too
 
 
 def main(config: DPO) -> int:
     """Read the pairs, ask the reference, train."""
+    config = with_rates(config, {"lr": 1e-4}, 5e-7)
     check(config)
     if not config.beta:
         raise UsageError("--beta is 0: then every margin is 0 and nothing is learnt; it must be above 0")

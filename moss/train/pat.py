@@ -1,7 +1,7 @@
 """`moss train pat`: preference-aware training (section 7.2 of the paper).
 
     moss train pat --model runs/sft --reward runs/reward --data dialogs.jsonl --out runs/pat
-    moss train pat --model sft-16b --reward reward-16b --data dialogs.jsonl --length 2048 --lr 6e-6 --matrix-lr 0
+    moss train pat --model sft-16b --reward reward-16b --data dialogs.jsonl --length 2048
 
 The preference model scores the last reply of each conversation. Six buckets of equal width between the 1st and the 99th
 percentile of the scores become the tags 0, 20, … 100; the tag goes in front of that reply, and the model learns what it
@@ -40,12 +40,13 @@ from moss.train import launch, machine
 from moss.train.loss import next_token
 from moss.train.reward import check_judge, load_judge, score_replies
 from moss.train.rl_math import LEVELS, bucket, bucket_edges
-from moss.train.settings import check
-from moss.train.sft import SFT, sections
+from moss.train.settings import check, with_rates
+from moss.train.sft import RATES, SFT, sections
 
 MATERIAL = 12_000  # replies of the scripted teacher, of every quality, where no --data is given
 SCORED = 1024  # conversations that are scored, and whose scores are kept, at a time
 BAR = 30  # characters of the longest bar of the histogram
+PAPER = 6e-6  # of large models
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,12 @@ class PAT(SFT):
     out: Path = Path("runs/pat")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
     reward: Path = Path("runs/reward")  # folder of the preference model; its tokenizer may be another
     epochs: float = 2.0  # passes over the data where --steps is 0
+    lr: float | None = None  # AdamW, for embeddings, head and norms; none = 3e-3 for a nano, 6e-6 for a large model
 
 
 def main(config: PAT) -> int:
     """Score, tag, show the histogram, train."""
+    config = with_rates(config, RATES, PAPER)
     check(config)
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
     with launch.opened(config) as (start, stop):

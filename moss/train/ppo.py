@@ -1,7 +1,7 @@
 """`moss train ppo`: reinforcement learning from the preference model (equation 2 of the paper, section 7.2).
 
     moss train ppo --model runs/sft --reward runs/reward --out runs/ppo
-    moss train ppo --model sft-16b --reward reward-16b --lr 1e-6 --length 2048 --max-tokens 512 --batch-tokens 65536
+    moss train ppo --model sft-16b --reward reward-16b --length 2048 --max-tokens 512 --batch-tokens 65536
 
 Four models: the policy, which writes and trains; the critic, which expects the reward after each token and trains
 beside it; the first policy, frozen, from which the policy must not move far; the preference model, frozen, which reads
@@ -38,7 +38,7 @@ from moss.train.loss import log_probs_at
 from moss.train.reward import load_judge, score_replies
 from moss.train.rl_math import clipped_policy_loss, clipped_value_loss
 from moss.train.rollouts import FIGURES, Rollouts, fit, read, readable
-from moss.train.settings import Run, check
+from moss.train.settings import Run, check, with_rates
 from moss.weights import load_model
 
 MATERIAL = 2000  # prompts of the scripted teacher where no --data is given
@@ -64,13 +64,14 @@ class PPO(Run):
     beta: float = 0.02  # what a unit of log-probability away from the first model costs
     max_tokens: int = 128  # of a reply
     batch_tokens: int = 16384  # places for tokens in one step: --length of them for each reply with its prompt
-    lr: float = 1e-4  # AdamW, of policy and critic; the paper's 16B has 1e-6
+    lr: float | None = None  # AdamW, of policy and critic; none = 1e-4 for a nano, 1e-6 for a large model
     warmup: float = 0.1  # steps of linear warm-up; below 1 a share of all steps
     epochs: float = 1.0  # times that each prompt is answered, where --steps is 0
 
 
 def main(config: PPO) -> int:
     """Load the models and the prompts, train."""
+    config = with_rates(config, {"lr": 1e-4}, 1e-6)
     check(config)
     if config.max_tokens >= config.length:
         raise UsageError(f"--max-tokens {config.max_tokens} leaves no room for a prompt in --length {config.length}")

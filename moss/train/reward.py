@@ -1,13 +1,13 @@
 """`moss train reward`: the preference model, which scores replies (section 7.1 of the paper).
 
     moss train reward --model runs/sft --data pairs.jsonl --out runs/reward
-    moss train reward --model sft-16b --data pairs.jsonl --length 2048 --batch-tokens 8192 --lr 6e-6 --matrix-lr 0 \\
-        --warmup 0
+    moss train reward --model sft-16b --data pairs.jsonl --length 2048 --batch-tokens 8192 --warmup 0 --center 0
 
 The language model loses its head for one that gives a number, and learns that of two replies the better one has the
-higher number: equation 1. All pairs of a prompt are in one step, and each reply is computed once. The score is read at
-`<eom>`, where the model has seen all of the reply, and is made of float32 whatever the model computes in. Ties are left
-out. Data are preference rows in our form or `chosen` and `rejected` texts (`moss/data/pairs.py`).
+higher number: equation 1. That says nothing of scores of different prompts, which PAT's buckets compare; so scores are
+also drawn to 0 (`--center`). All pairs of a prompt are in one step, and each reply is computed once. The score is read
+at `<eom>`, where the model has seen all of the reply, and is made of float32 whatever the model computes in. Ties are
+left out. Data are preference rows in our form or `chosen` and `rejected` texts (`moss/data/pairs.py`).
 
 What a run reports on held-out pairs (`--valid`, or held-out material): the share of pairs in the right order, how far
 stated probabilities are from what happens (calibration), and whether length decides. That and the spread of scores
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from moss.tokenizer import Tokenizer, require_markers
 from moss.train import launch, machine
 from moss.train.loop import Loss, Micro
 from moss.train.rl_math import bradley_terry
-from moss.train.settings import Run, Settings, check, shares
+from moss.train.settings import Run, Settings, check, shares, with_rates
 from moss.weights import load_model
 
 MATERIAL = 8000  # prompts of the scripted teacher where no --data is given
@@ -47,6 +48,8 @@ HELD_OUT = 300  # prompts of its held-out part where no --valid is given
 BINS = 10  # of the calibration error
 HINT = "`moss train reward` makes one"
 BATCH = 16_384  # places for tokens that `score_replies` computes at a time
+RATES = {"lr": 2e-3, "matrix_lr": 0.012}  # of a nano
+PAPER = 6e-6  # of large models
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,16 @@ class Reward(Settings):
     model: Path | None = None  # folder of the model to start from, with its tokenizer; none = the bundled model
     length: int = 1024  # tokens of a packed row; a prompt with all its replies must fit into one
     batch_tokens: int = 2048  # places for tokens in one step, padding included
-    lr: float = 2e-3  # AdamW, for embeddings, head and norms (and for matrices without Muon)
-    matrix_lr: float = 0.012  # Muon, for the matrices of the blocks; 0 = AdamW at --lr for them too
+    center: float = (
+        0.01  # weight of a pair's squared sum of scores, which makes prompts comparable; 0 = equation 1 alone
+    )
+    lr: float | None = None  # AdamW, for embeddings, head and norms; none = 2e-3 for a nano, 6e-6 for a large model
+    matrix_lr: float | None = None  # Muon, for the matrices of the blocks; 0 = AdamW; none = 0.012 for a nano, else 0
 
 
 def main(config: Reward) -> int:
     """Read the pairs, train, say how well held-out pairs are told apart."""
+    config = with_rates(config, RATES, PAPER)
     check(config)
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
     with launch.opened(config, heads=("scalar",)) as (start, stop):
@@ -88,7 +95,7 @@ def main(config: Reward) -> int:
             model,
             tokenizer,
             data,
-            preference_loss,
+            partial(preference_loss, center=config.center),
             start=start,
             stop=stop,
             validate=validate if valid else None,
@@ -126,13 +133,18 @@ def scores_at(net: Decoder, batch: Micro) -> Tensor:
     return F.linear(picked.to(exact), net.head.weight.to(exact)).squeeze(-1)
 
 
-def preference_loss(net: Decoder, batch: Micro) -> Loss:
-    """Equation 1 over all pairs of a batch of `pairs.Groups`, and the share of them in the right order."""
+def preference_loss(net: Decoder, batch: Micro, center: float = 0.0) -> Loss:
+    """Equation 1 over all pairs of a batch of `pairs.Groups`, and the share of them in the right order.
+
+    `center` times the squared sum of both scores is added (arXiv 2312.09244, equation 2): equation 1 alone leaves open
+    what a score of one prompt is beside that of another.
+    """
     row, winner, loser = batch["pairs"].unbind(1)
     scores = scores_at(net, batch)
     better, worse = scores[row, winner], scores[row, loser]
     right = (1 + (better - worse).detach().sign()) / 2
-    return Loss(bradley_terry(better, worse), len(row), {"accuracy": right.sum()})
+    pull = center * (better + worse).square().sum()
+    return Loss(bradley_terry(better, worse) + pull, len(row), {"accuracy": right.sum()})
 
 
 # ---------------------------------------------------------------- scores

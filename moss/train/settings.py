@@ -7,14 +7,21 @@ what no run could do, before anything is read or written.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from moss import dist, lora
+from moss import checkpoint, dist, lora
 from moss.config import option
 from moss.errors import UsageError
+from moss.log import note
+from moss.model import num_parameters
+from moss.peft import base_folder
+from moss.resolve import SMALL, locate
 from moss.train import report
+from moss.weights import read_config
+
+ADAPTER_LR = 2e-4  # of adapters on a model that is no nano
 
 
 @dataclass(frozen=True)
@@ -51,10 +58,27 @@ class Settings(Run):
     weight_decay: float = 0.0  # on matrices
 
 
+R = TypeVar("R", bound=Run)
+
+
+def with_rates(config: R, nano: dict[str, float], paper: float) -> R:
+    """The settings with the rates that were not given: those of the run that --resume goes on with, else by the model
+    that is trained: `nano` up to 64M parameters; above these AdamW alone at the `paper`'s, of adapters `ADAPTER_LR`."""
+    missing = [name for name in nano if getattr(config, name) is None]
+    start = checkpoint.newest(config.out, lambda skipped: None) if config.resume and missing else None
+    values: dict[str, Any] = nano
+    if start:
+        values = checkpoint.read_info(start)["run"]
+    elif missing and num_parameters(read_config(base_folder(locate(getattr(config, "model", None))))) > SMALL:
+        values = dict.fromkeys(nano, 0.0) | {"lr": ADAPTER_LR if config.lora else paper}
+        note("this is no nano: " + ", ".join(f"--{name.replace('_', '-')} is {values[name]:g}" for name in missing))
+    return replace(config, **{name: values[name] for name in missing})
+
+
 def check(config: Run) -> None:
     """Refuse settings that cannot work, before anything is read or written: UsageError."""
     positive = ("batch_tokens", "length", "epochs", "lr", "depth", "max_tokens")
-    others = ("steps", "micro_tokens", "warmup", "save_every", "weight_decay", "matrix_lr", "seed", "beta")
+    others = ("steps", "micro_tokens", "warmup", "save_every", "weight_decay", "matrix_lr", "seed", "beta", "center")
     for name in positive + others:
         value = getattr(config, name, 1)  # some belong to one stage alone
         if not 0 <= value < math.inf or (value == 0 and name in positive):

@@ -1,8 +1,7 @@
 """`moss train sft`: supervised fine-tuning on conversations.
 
     moss train sft --model runs/mine/base --data dialogs.jsonl --out runs/mine/sft --length 512
-    moss train sft --model base-16b --data dialogs.jsonl --length 2048 --batch-tokens 65536 --lr 9e-6 --matrix-lr 0 \\
-        --epochs 2
+    moss train sft --model base-16b --data dialogs.jsonl --length 2048 --batch-tokens 65536 --epochs 2
 
 Reads conversations in the released MOSS JSON, OpenAI or ShareGPT form. Under the loss `assistant` the model learns
 what it has to write itself: thoughts, commands, reply and their end markers; under `paper` everything but the meta
@@ -27,9 +26,11 @@ from moss.log import console, note
 from moss.tokenizer import Tokenizer
 from moss.train import launch
 from moss.train.loss import next_token
-from moss.train.settings import Settings, check
+from moss.train.settings import Settings, check, with_rates
 
 MATERIAL = 4000  # conversations of the scripted teacher where no --data is given
+RATES = {"lr": 3e-3, "matrix_lr": 0.02}  # of a nano
+PAPER = 9e-6  # of large models
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,13 @@ class SFT(Settings):
     out: Path = Path("runs/sft")  # folder of the run: log.jsonl, step-N checkpoints, at the end the model
     model: Path | None = None  # folder of the model to start from, with its tokenizer; none = the bundled model
     loss: Literal["assistant", "paper"] = "assistant"  # what is learnt
+    lr: float | None = None  # AdamW, for embeddings, head and norms; none = 3e-3 for a nano, 9e-6 for a large model
+    matrix_lr: float | None = None  # Muon, for the matrices of the blocks; 0 = AdamW; none = 0.02 for a nano, else 0
 
 
 def main(config: SFT) -> int:
     """Render, show what is learnt, train."""
+    config = with_rates(config, RATES, PAPER)
     check(config)
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
     with launch.opened(config) as (start, stop):
