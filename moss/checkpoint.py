@@ -239,10 +239,10 @@ def _cleared(fresh: Path, final: Path) -> Iterator[None]:
         raise OSError(errno.EIO, f"writing failed: {error}", str(final)) from error  # torch and safetensors hide errno
 
 
-def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(path: Path, *, sharded: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
     """(moss.json, state.pt) of a checkpoint that `newest` gave; anything missing in them is named in a ValueError.
 
-    Over several ranks the optimizer's tensors come sharded, from however many ranks they are; all call it together.
+    `sharded`: cut the optimizer's tensors over the ranks of now, from however many they are; all call it together.
     """
     info = read_info(path)
     try:
@@ -255,7 +255,7 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     named = dict[str, torch.Tensor]()
     _map(state, "", lambda name, tensor: named.setdefault(name, tensor) if tensor.is_meta else tensor)
     found = dist.read_shards(path / "optimizer", named) if named else {}
-    if dist.world() > 1 and not named:  # of one process; what has rows is a parameter's size, and cut as parameters are
+    if sharded and not named:  # of one process; what has rows is a parameter's size, and cut as parameters are
         spread = _map(state["optimizer"], "", lambda _, tensor: dist.spread(tensor) if tensor.ndim else tensor)
         return info, state | {"optimizer": spread}
     return info, _map(state, "", lambda name, tensor: found.get(name, tensor))

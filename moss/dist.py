@@ -41,6 +41,7 @@ from moss.model import Block, Decoder, rotary_frequencies
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(minutes=30)  # that a rank waits for another: rank 0 may be hashing a large checkpoint
@@ -156,31 +157,36 @@ def shard(model: Decoder, dtype: torch.dtype) -> None:
     moved to the device one at a time. Gradients are summed over ranks, not averaged: the loop divides by the count.
     Make the optimizer before the first forward: after one without a backward, `parameters()` has gathered weights too.
     """
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     # Inputs are not cast: the angles of the rotary embedding are float32 in every dtype.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in model.blocks:
         fully_shard(block, mesh=_mesh(world()), mp_policy=policy)
     fully_shard(model, mesh=_mesh(world()), mp_policy=policy, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo knows no division within a reduction
+    for module in shards(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo knows no division within a reduction
     register_fsdp_forward_method(model, "hidden")
+
+
+def shards(model: nn.Module) -> list[FSDPModule]:
+    """What of the model is gathered at a time; nothing where every rank holds it whole."""
+    if world() == 1:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def whole(model: Decoder, *, everywhere: bool = False) -> Decoder:
     """The model itself where it is not sharded. Else a plain one of all its weights: on the CPU of rank 0, and without
     weights (on `meta`) elsewhere; with `everywhere` on every rank's device. All ranks must call this together.
     """
-    if world() == 1:
+    if not shards(model):
         return model
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward without backward leaves the last group gathered, in the computing dtype
+    for module in shards(model):
+        module.reshard()  # a forward without backward leaves the last group gathered, in the computing dtype
     with torch.device("meta"):
         plain = Decoder(model.config, model.head_kind)
     held = dict[str, Tensor]()
@@ -204,10 +210,22 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor)
 
 
+def add_up(model: nn.Module) -> None:
+    """Give all ranks the sum of their gradients of a model that each holds whole: adapters over a frozen base. What is
+    sharded was added up by its backward."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if world() == 1 or shards(model):
+        return
+    flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else p.grad.view(-1) for p in trained])
+    ranks.all_reduce(flat)
+    for parameter, total in zip(trained, flat.split([parameter.numel() for parameter in trained]), strict=True):
+        parameter.grad = total.view_as(parameter)
+
+
 def norm(grads: Sequence[Tensor]) -> float:
     """The Euclidean norm of all gradients, sharded or not."""
     total = torch.nn.utils.get_total_norm(grads)
-    return float(total if world() == 1 else total.full_tensor())  # type: ignore[attr-defined]
+    return float(total.full_tensor() if is_sharded(total) else total)  # type: ignore[attr-defined]
 
 
 def spread(value: Tensor) -> DTensor:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moss import checkpoint, dist
@@ -61,6 +62,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo": ("dpo", ADAMW),
     "pat": ("pat", ADAMW),
     "ppo": ("ppo", {"lr": 1e-3, "steps": 8}),
+    "adapters": ("sft", ADAMW | {"lora": "r=4"}),
+    "adapters, int8": ("reward", ADAMW | {"lora": "r=4,base=int8"}),
+    "adapters, ppo": ("ppo", {"lr": 1e-3, "steps": 8, "lora": "r=4"}),
 }
 
 
@@ -87,18 +91,20 @@ def test_two_ranks_are_one_process(kind: str, curves: Path) -> None:
     for exact in ("tokens", "learnt", "position", "lr"):
         assert curve(two, exact) == curve(one, exact)
     valid = [[line["valid"] for line in read(out / "log.jsonl") if "valid" in line] for out in (one, two)]
-    assert len(valid[0]) == len(valid[1]) == (0 if kind == "ppo" else 2)
+    assert len(valid[0]) == len(valid[1]) == (0 if KINDS[kind][0] == "ppo" else 2)
     for figures, figures_1 in zip(valid[1], valid[0], strict=True):
         assert figures == pytest.approx(figures_1, rel=1e-4, abs=1e-6)
     assert apart(two / "step-000008", one / "step-000008") < 1e-4
-    for file in ("model.safetensors", "config.json", "tokenizer.json"):  # the finished model, in bfloat16
-        assert (two / file).stat().st_size == (one / file).stat().st_size
+    finished = [path for path in one.rglob("*.safetensors") if "step-" not in str(path.relative_to(one))]
+    assert finished and all(file.stat().st_size == (two / file.relative_to(one)).stat().st_size for file in finished)
 
 
 def apart(a: Path, b: Path) -> float:
-    """How far the weights of two checkpoints are from each other, relative to their size; the worst parameter."""
-    pairs = zip(load_model(a).parameters(), load_model(b).parameters(), strict=True)
-    return max(float((mine - other).detach().norm() / other.detach().norm().clamp(min=1e-3)) for mine, other in pairs)
+    """How far the weights of two checkpoints, models or adapters, are from each other; the worst parameter, relative
+    to its size."""
+    mine, theirs = (load_file(next(folder.glob("*model.safetensors"))) for folder in (a, b))
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[name] - it).norm() / it.norm().clamp(min=1e-3)) for name, it in theirs.items())
 
 
 def test_muon_and_bfloat16_follow_one_process(curves: Path) -> None:
@@ -399,30 +405,38 @@ def test_a_damaged_shard_is_seen(made: Path, tmp_path: Path) -> None:  # noqa: F
         checkpoint.load(bad)  # as if the manifest had told nothing
 
 
-RESUMED: dict[str, tuple[int, int]] = {"2 to 2": (2, 2), "2 to 1": (2, 1), "2 to 4": (2, 4), "1 to 2": (1, 2)}
+RESUMED: list[tuple[str, int, int]] = [("", 2, 2), ("", 2, 1), ("", 2, 4), ("", 1, 2), ("r=4", 2, 1), ("r=4", 1, 2)]
 
 
 @pytest.fixture(scope="module")
 def halves(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
-    """Four steps on one process and on two ranks, and eight that were never interrupted."""
+    """Four steps on one process and on two ranks, and eight that were never interrupted; with adapters and without."""
     folder = tmp_path_factory.mktemp("halves")
-    settings = ADAMW | {"schedule": "constant"}
-    train(
-        made, [("sft", settings | {"out": folder / "unbroken"}), ("sft", settings | {"out": folder / "1", "steps": 4})]
-    )
-    on_ranks(2, train, made, [("sft", settings | {"out": folder / "2", "steps": 4})])
+    runs: dict[str, list[tuple[str, dict[str, Any]]]] = {"unbroken": [], "1": [], "2": []}
+    for name, lora in [(name, lora) for name in runs for lora in ("", "r=4")]:
+        steps = 8 if name == "unbroken" else 4
+        settings = ADAMW | {"schedule": "constant", "lora": lora, "steps": steps, "out": folder / f"{lora}{name}"}
+        runs[name].append(("sft", settings))
+    train(made, runs["unbroken"] + runs["1"])
+    on_ranks(2, train, made, runs["2"])
     return folder
 
 
-@pytest.mark.parametrize("way", RESUMED)
-def test_a_run_goes_on_with_other_ranks(way: str, halves: Path, made: Path, tmp_path: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize(("lora", "before", "after"), RESUMED)
+def test_a_run_goes_on_with_other_ranks(
+    lora: str,
+    before: int,
+    after: int,
+    halves: Path,
+    made: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     """Prevents optimizer state cut for other ranks than there are, and data seen twice or never after the change."""
-    before, after = RESUMED[way]
     out = tmp_path / "run"
-    shutil.copytree(halves / str(before), out)
-    runs = [("sft", ADAMW | {"schedule": "constant", "out": out, "resume": True})]
+    shutil.copytree(halves / f"{lora}{before}", out)
+    runs = [("sft", ADAMW | {"schedule": "constant", "lora": lora, "out": out, "resume": True})]
     train(made, runs) if after == 1 else on_ranks(after, train, made, runs)
-    unbroken = halves / "unbroken"
+    unbroken = halves / f"{lora}unbroken"
     assert curve(out) == pytest.approx(curve(unbroken), rel=1e-5) and len(curve(out)) == 8
     assert curve(out, "position") == curve(unbroken, "position")
     assert apart(out / "step-000008", unbroken / "step-000008") < 1e-4

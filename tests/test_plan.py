@@ -67,6 +67,10 @@ def test_ranks_share_rows_and_weights() -> None:
     one, eight = plan(replace(BIG, checkpointing=True)), plan(replace(BIG, checkpointing=True, ranks=8))
     assert one.micro_tokens == 65536 and eight.micro_tokens == 8192
     assert eight.bytes["optimizer"] == one.bytes["optimizer"] / 8
+    adapted = replace(BIG, nets=(replace(BIG.nets[0], lora=Spec()),), micro_tokens=8192)
+    one, eight = plan(adapted), plan(replace(adapted, ranks=8))
+    assert all(eight.bytes[part] == one.bytes[part] for part in ("weights", "optimizer", "frozen base"))
+    assert "gathered weights" not in eight.bytes
 
 
 def test_the_fullest_moment_counts() -> None:
@@ -92,12 +96,12 @@ def test_what_does_not_fit_names_what_would() -> None:
 
 
 def test_adapters_are_offered_to_those_who_can_train_them() -> None:
-    """Prevents advice that the next command refuses: for a model from nothing, a run that goes on, several ranks."""
+    """Prevents advice that the next command refuses: for a model from nothing and a run that goes on."""
     card = replace(BIG, checkpointing=True, batch_tokens=2048)
-    assert "--lora" in refused(plan(card, 60e9))
-    for change in ({"adaptable": False}, {"ranks": 8, "batch_tokens": 8 * 2048}):
-        told = refused(plan(replace(card, **change), 20e9))
-        assert "--lora" not in told and "a smaller model" in told
+    for able in (card, replace(card, ranks=8, batch_tokens=8 * 2048)):
+        assert "--lora" in refused(plan(able, 21e9))
+    told = refused(plan(replace(card, adaptable=False), 21e9))
+    assert "--lora" not in told and "a smaller model" in told
 
 
 def test_the_reference_is_the_base_of_adapters() -> None:

@@ -345,13 +345,11 @@ def one_step(
 
 
 def place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The model in float32 where it trains, sharded over the ranks if there are several; what computes with it."""
-    if dist.world() > 1 and lora.adapters(model):
-        raise UsageError("--lora runs on one process; leave torchrun out, or --lora")
+    """The model in float32 where it trains; what computes with it. Over several ranks it is sharded, but with adapters:
+    then each has the frozen base and all adapters."""
     if lora.adapters(model):  # the base stays as it is, adapters are float32
-        model.to(device)
-    else:
-        model.to(device if dist.world() == 1 else None, torch.float32)
+        return loop.computing_copy(model.to(device), dtype)
+    model.to(device if dist.world() == 1 else None, torch.float32)
     if dist.world() == 1:
         return loop.computing_copy(model, dtype)
     for decoder in parts_of(model).values():
@@ -379,7 +377,8 @@ def finish(config: Run, model: Decoder, tokenizer: Tokenizer, info: dict[str, An
         checkpoint.export(adapter, model=model, tokenizer=tokenizer, info=info, adapter=keep)
         if lora.parse(config.lora).base:
             return adapter
-        lora.merge(model.cpu())
+        if dist.rank() == 0:
+            lora.merge(model.cpu())
     checkpoint.export(config.out, model=model, tokenizer=tokenizer, info=info)
     return config.out
 
@@ -411,7 +410,7 @@ def describe(
 
 def restore(start: Path, info: dict[str, Any], optimizer: Optimizers, data: Data) -> loop.State:
     """Optimizer and random state from a checkpoint, and where it stood; refused when it is of another run."""
-    then, saved = checkpoint.load(start)
+    then, saved = checkpoint.load(start, sharded=dist.is_sharded(optimizer.param_groups[0]["params"][0]))
     alike = then["stage"] == info["stage"]
     for name, value in info["run"].items():  # before the data, which some of them change
         if alike and name not in FREE and then["run"].get(name) != value:

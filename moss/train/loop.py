@@ -9,8 +9,9 @@ step.
 
 `net` is what computes. It is the model itself in float32; in bfloat16 it is a copy (`computing_copy`) whose weights
 are refreshed from the model's after every update and whose gradients are added up in the model's float32, so that
-every rounding is where this file puts it. Over several processes it is the model itself, sharded (`moss/dist.py`):
-each rank computes its own rows of a step, and loss, count, gradient, norm and every decision are those of all rows.
+every rounding is where this file puts it. Over several processes it is the model itself, sharded (`moss/dist.py`), or
+with adapters again the copy, of which each has all: each rank computes its own rows of a step, and loss, count,
+gradient, norm and every decision are those of all rows.
 Nothing here draws a random number.
 
 A step whose loss or gradient is not finite changes nothing but the counters, and the third in a row ends the run; a
@@ -237,6 +238,7 @@ def gradients(
     total, count, figures = whole[0], round(whole[1]), dict(zip(figures, whole[2:], strict=True))
     if not count:
         raise ValueError("a step has nothing to learn: every mask value is 0")
+    dist.add_up(model)
     if freeze:
         freeze()
     grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]

@@ -60,8 +60,13 @@ class Job:
     frozen: Bytes = field(default_factory=dict)  # of models that only compute, by name; what they share with nets aside
     slots: int = 0  # replies that PPO's engine writes at a time
     data: float = 0.0  # bytes of the training rows
-    ranks: int = 1  # over which weights, gradients and optimizer are cut (moss/dist.py)
+    ranks: int = 1  # that share a step's rows (moss/dist.py)
     adaptable: bool = True  # adapters could train instead: there is a base
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which weights, gradients and optimizer are cut; with adapters each has all of them."""
+        return 1 if any(net.lora for net in self.nets) else self.ranks
 
 
 # ---------------------------------------------------------------- what stays
@@ -102,15 +107,15 @@ def sizes(net: Net, dtype: torch.dtype) -> Sizes:
 def standing(job: Job) -> Bytes:
     """What is there all the time: weights, the copy that computes, optimizer, frozen models, rows and a step's batch.
 
-    Weights and optimizer are float32; AdamW keeps two numbers a weight, Muon one. Over several ranks each has its part
+    Weights and optimizer are float32; AdamW keeps two numbers a weight, Muon one. Over several shards each has its part
     of them and no copy: what a block computes with is gathered.
     """
     c, found = job.dtype.itemsize, dict[str, float]()
     counted = [sizes(net, job.dtype) for net in job.nets]
     trained, matrices = sum(size.trained for size in counted), sum(size.matrices for size in counted)
-    found["weights"] = 4 * trained / job.ranks
-    found["computing copy"] = c * trained if c != 4 and job.ranks == 1 else 0.0
-    found["optimizer"] = (8 * trained - (4 * matrices if job.muon else 0)) / job.ranks
+    found["weights"] = 4 * trained / job.shards
+    found["computing copy"] = c * trained if c != 4 and job.shards == 1 else 0.0
+    found["optimizer"] = (8 * trained - (4 * matrices if job.muon else 0)) / job.shards
     found["frozen base"] = max(size.frozen for size in counted)  # one carries all adapters
     found |= job.frozen
     found["data"] = job.data + BATCH * job.batch_tokens / job.ranks
@@ -231,7 +236,7 @@ def moments(job: Job, micro: int) -> dict[str, Bytes]:
     Where two nets train on one loss, what the first keeps is there until backward has gone through the second.
     """
     counted = [sizes(net, job.dtype) for net in job.nets]
-    trained = sum(size.trained for size in counted) / job.ranks
+    trained = sum(size.trained for size in counted) / job.shards
     before = 4 * trained if math.ceil(job.batch_tokens / job.ranks / micro) > 1 else 0.0  # of micro-batches before
     heads = [head_needs(net, job, micro) for net in job.nets]
     kept = [all_kept(net, job, micro) | {"logits": head[0]} for net, head in zip(job.nets, heads)]
@@ -252,10 +257,10 @@ def moments(job: Job, micro: int) -> dict[str, Bytes]:
         done += made["whole"]
     largest = max(size.largest for size in counted)
     orthogonal = 10 * largest if job.muon and all(net.lora is None for net in job.nets) else 0
-    if job.ranks > 1:
+    if job.shards > 1:
         gathered = job.dtype.itemsize * sum(size.tables + 2 * size.block for size in counted)
         found = {name: parts | {"gathered weights": gathered} for name, parts in found.items()}
-    if job.dtype.itemsize != 4 and job.ranks == 1:  # the copy's become float32 one by one, the embedding's first
+    if job.dtype.itemsize != 4 and job.shards == 1:  # the copy's become float32 one by one, the embedding's first
         table = max(net.config.vocab_size * net.config.hidden * (net.lora is None) for net in job.nets)
         found["gradients collected"] = added(stays, {"gradients": done + 4 * table})
     if job.slots:
@@ -266,7 +271,7 @@ def moments(job: Job, micro: int) -> dict[str, Bytes]:
 def engine_needs(job: Job) -> float:
     """Bytes of the engine that writes PPO's replies: keys and values of its rows, and the policy's weights where it
     needs them once more, gathered from the ranks or, on a CPU, with adapters merged into them."""
-    policy, c = job.nets[0], job.dtype.itemsize if job.ranks == 1 else 4
+    policy, c = job.nets[0], job.dtype.itemsize if job.shards == 1 else 4
     model, columns = policy.config, FIRST_LENGTH
     while columns < job.length:
         columns *= 2
@@ -274,7 +279,7 @@ def engine_needs(job: Job) -> float:
     rows = 2 * model.num_layers * model.num_kv_heads * model.head_dim * columns * job.slots * c
     whole = sizes(replace(policy, lora=None), job.dtype)
     merged = whole.matrices if policy.lora and job.device == "cpu" else 0
-    return rows + c * (merged if job.ranks == 1 else whole.trained)
+    return rows + c * (merged if job.shards == 1 else whole.trained)
 
 
 def added(*parts: Bytes) -> Bytes:
@@ -309,7 +314,7 @@ def going_back(net: Net, job: Job, micro: int, more: bool) -> dict[str, float]:
     tables' last of all.
     """
     model, c, size = net.config, job.dtype.itemsize, sizes(net, job.dtype)
-    full, alone = net.lora is None, job.ranks == 1
+    full, alone = net.lora is None, job.shards == 1
     waiting = not (more and c == 4 and alone)
     embedding = model.vocab_size * model.hidden * full
     head = embedding * (net.head == "lm")
@@ -318,7 +323,7 @@ def going_back(net: Net, job: Job, micro: int, more: bool) -> dict[str, float]:
     if alone:
         top, blocks, whole = c * (head + size.block), c * (size.trained - apart), c * size.trained
     else:
-        cut = 4 * size.trained / job.ranks
+        cut = 4 * size.trained / job.shards
         top, blocks, whole = c * head + (c + 4) * size.block, cut + c * head, cut + (c + 4) * size.tables
     return {
         "top": top * waiting + c * head * (not waiting),

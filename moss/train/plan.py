@@ -207,7 +207,7 @@ def refused(found: Plan) -> str:
     smaller = plan(replace(job, micro_tokens=0), found.free)
     if smaller.fits and smaller.micro_tokens < found.micro_tokens:
         return f"{words}; --micro-tokens {smaller.micro_tokens} needs {gigabytes(smaller.total)}"
-    if not job.adaptable or job.ranks > 1 or any(net.lora for net in job.nets):
+    if not job.adaptable or any(net.lora for net in job.nets):
         return f"{words}, and {otherwise}"
     others = {name: value for name, value in job.frozen.items() if name != "reference"}  # which is the base then
     for base in ("", "int8", "int4"):
