@@ -211,10 +211,10 @@ def test_noise_never_crashes_or_hangs() -> None:
     for number in range(20_000):
         source = alphabet if number % 2 else pieces
         text = "".join(rng.choice(source) for _ in range(rng.randint(0, 40)))
-        started = time.perf_counter()
+        started = time.process_time()
         with contextlib.suppress(ExpressionError):
             assert isinstance(evaluate(text), str)
-        slowest = max(slowest, time.perf_counter() - started)
+        slowest = max(slowest, time.process_time() - started)
     assert slowest < 0.5
 
 
@@ -235,10 +235,10 @@ def test_noise_never_crashes_or_hangs() -> None:
 )
 def test_heaviest_text_is_quick(text: str) -> None:
     """Prevents: a calculation whose size was not foretold."""
-    started = time.perf_counter()
+    started = time.process_time()
     with contextlib.suppress(ExpressionError):
         evaluate(text)
-    assert time.perf_counter() - started < 0.25
+    assert time.process_time() - started < 0.25
 
 
 def test_isolated_result_is_the_inline_result(monkeypatch: pytest.MonkeyPatch) -> None:
