@@ -30,7 +30,7 @@ check: $(VENV)/.dev  ## the same without the slow tests, for while you work
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not soak" $(ARGS)
 
 soak: $(VENV)/.dev  ## minutes of hammering: long chats, flat memory, many random cases
-	$(BIN)/pytest -m "soak or repeated" --repeats 50 $(ARGS)
+	$(BIN)/pytest -m "soak or repeated" --repeats 100 $(ARGS)
 
 format: $(VENV)/.dev  ## write every file as ruff wants it
 	$(BIN)/ruff check --fix .

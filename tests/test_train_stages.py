@@ -354,6 +354,19 @@ def test_a_plan_steps_through_the_data(made: Path, tmp_path: Path, monkeypatch: 
     assert seen == [0, 4, 8, 12, 16, 20]
 
 
+def test_a_plan_asks_no_other_model_first(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents hours with the preference model, or with DPO's reference, before a plan is shown."""
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("a plan needs no scores")
+
+    monkeypatch.setattr(pat, "load_judge", asked)
+    monkeypatch.setattr(dpo, "ask", asked)
+    for stage in ("pat", "dpo"):
+        run, make = STAGES[stage]
+        assert run(make(made, steps=2, plan=True, out=tmp_path / stage)) == 0
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_begins_where_a_plan_was_made(stage: str, made: Path, tmp_path: Path) -> None:
     """Prevents a plan that stands in the way of the run that it was made for."""

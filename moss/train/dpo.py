@@ -63,7 +63,7 @@ def main(config: DPO) -> int:
         tokenizer, model = launch.load(config, start, config.model)
         if not held_out and not given:
             held_out = launch.material(config, "preferences", HELD_OUT, split="held_out")
-        rows, known = shares(config)[2], start is not None
+        rows, known = shares(config)[2], start is not None or config.plan  # a plan's steps need no true margins
         valid = Referenced(read(held_out, tokenizer, config), rows, known) if held_out else None
         groups = read(given or launch.material(config, "preferences", MATERIAL), tokenizer, config)
         data = Referenced(groups, rows, known, valid)
@@ -81,13 +81,15 @@ class Referenced:
 
     groups: Groups
     rows: int  # computed at a time
-    known: bool = False  # a checkpoint will bring the reference
+    known: bool = False  # nobody is asked: a checkpoint will bring the reference, or zeros do
     held_out: Referenced | None = None  # whose reference is made and kept along with this one's
     reference: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (R,) log-probability of each reply, float64
     length: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.length = self.groups.length
+        if not len(self.reference):
+            self.reference = np.zeros(len(self.groups.replies))
 
     def __len__(self) -> int:
         return len(self.groups)

@@ -69,7 +69,8 @@ def main(config: PAT) -> int:
         found, scores = scored(read(given or launch.material(config, "replies", MATERIAL)), config, judge, "scores")
         asked, others = scored(read(held_out), config, judge, "scores-valid") if held_out else ([], scores[:0])
         edges = bucket_edges(scores)
-        console.print(histogram(scores, edges))
+        if not config.plan:
+            console.print(histogram(scores, edges))
         tokenizer, model = launch.load(config, start, config.model)  # the preference model has gone to make room
         data = rows(tagged(found, scores, edges), tokenizer, config)
         console.print(sections(data.rows, tokenizer))
@@ -160,8 +161,10 @@ def scored(found: Sequence[Dialog], config: PAT, judge: str, name: str) -> tuple
     """(conversations, scores (N,) float32 of their last replies), without those that the preference model cannot read.
 
     What has been scored stands in `--out`/NAME.npz with a fingerprint of conversations and preference model, and is
-    not scored again.
+    not scored again. A plan takes any scores, for its steps are as long with one tag as with another.
     """
+    if config.plan:
+        return list(found), np.linspace(0, 1, len(found), dtype=np.float32)
     path, print_of = config.out / f"{name}.npz", fingerprint(found, judge)
     scores = dist.first(lambda: known(path, print_of))
     if len(scores) == len(found):
