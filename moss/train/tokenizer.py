@@ -41,7 +41,7 @@ MATERIAL = 2000  # documents, and as many conversations, of the scripted teacher
 VOCAB = 2048  # ids of a new vocabulary
 NEW_SHARE = 0.3  # of an extended one's ids are new: the paper's share
 EXTENDS = "extends.json"  # beside an extended tokenizer.json: what it extends
-NAMES = {"Han": "Chinese", "Latin": "other"}  # of writings, in the report
+NAMES = {"Han": "Chinese", "Latin": "Latin script"}  # of writings, in the report
 MODEL = ("config.json", "model.safetensors")  # of a model's folder, where another tokenizer would not fit
 
 
@@ -170,8 +170,8 @@ def report(tok: Tokenizer, sample: Sequence[str], base: Tokenizer | None = None)
     groups: dict[str, list[str]] = {}
     for text in sample:
         groups.setdefault(NAMES.get(name := writing(text), name), []).append(text)
-    if "other" not in groups:
-        groups["other"] = [text for text in islice(curriculum.text(0), 400) if writing(text) == "Latin"]
+    if NAMES["Latin"] not in groups:
+        groups[NAMES["Latin"]] = [text for text in islice(curriculum.text(0), 400) if writing(text) == "Latin"]
     library = sorted(Path(os.__file__).parent.glob("*.py"))[::4]
     groups["code"] = [path.read_text(encoding="utf-8")[:LENGTH] for path in library]
     table = Table(title=f"tokenizer of {tok.vocab_size} ids, sha256 {tok.sha256[:12]}")
