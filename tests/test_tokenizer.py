@@ -359,7 +359,7 @@ def test_the_stage_extends(tmp_path: Path, capsys: pytest.CaptureFixture) -> Non
     assert told == {"base": str(base.resolve()), "sha256": old.sha256, "ids": old.vocab_size}
     said = capsys.readouterr().err
     rows = {line.split()[1]: line for line in said.splitlines() if line.startswith("│")}
-    assert "new" in rows["Chinese"] and "as before" in rows["other"] and "as before" in rows["code"]
+    assert "new" in rows["Chinese"] and "as before" in rows["Latin"] and "as before" in rows["code"]
     assert "holds weights" not in said
     assert stage.main(TrainTokenizer(data=[tmp_path / "zh.txt"], vocab_size=290, out=tmp_path / "new")) == 0
     assert not (tmp_path / "new/extends.json").exists()  # it extends nothing any more
