@@ -40,7 +40,8 @@ import numpy as np
 from benchmarks.record import ROOT, begin, publish
 from moss.checkpoint import read_info
 from moss.data import pairs
-from moss.evals.preference import compare, dial, interval, questions, versus
+from moss.evals.preference import compare, dial, questions, versus
+from moss.evals.stats import mean
 from moss.files import replacing
 
 STEPS = {"base": 800, "reward": 1200, "sft": 800, "pat": 800, "dpo": 50, "ppo": 48}  # 800 are nearly two epochs
@@ -182,7 +183,7 @@ def pooled(told: Sequence[dict[str, Any]], temperature: float) -> dict[str, Any]
     found = {arm: np.array([each[name]["levels"][arm] for each in told]) for arm in ARMS}  # (seeds, questions)
     tags = told[0][name]["dial"]
     return {
-        "right": {arm: [float(levels.mean() / 5), *interval(levels.mean(axis=0) / 5)] for arm, levels in found.items()},
+        "right": {arm: mean(levels.mean(axis=0) / 5)[:3] for arm, levels in found.items()},
         "versus": {f"{a} over {b}": versus(found[a], found[b]) for a in ARMS for b in ARMS if a != b},
         "dial": {tag: float(np.mean([each[name]["dial"][tag]["right"] for each in told])) for tag in tags},
     }

@@ -38,6 +38,8 @@ VERBS = {
     "train pat": "moss.train.pat:PAT",
     "train dpo": "moss.train.dpo:DPO",
     "train ppo": "moss.train.ppo:PPO",
+    "eval mmlu": "moss.evals.choice:MMLU",
+    "eval truthfulqa": "moss.evals.truthful:TruthfulQA",
     "eval tools": "moss.evals.tool_use:EvalTools",
     "bench": "moss.evals.bench:Bench",
 }

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from moss.engine.quant import WIDTHS
-from moss.files import replacing
+from moss.files import replacing, sha256
 from moss.grow import grow
 from moss.lora import TARGETS, LearntRows, LoRALinear, Spec, inject, linears, load_base, merge, merge_rows
 from moss.model import Decoder, Head
@@ -150,6 +150,15 @@ def base_folder(folder: Path) -> Path:
     if not (base / "config.json").is_file():
         raise ValueError(f"{folder / CONFIG} names the base {base}, which is not there; write down where it is now")
     return base
+
+
+def weights_sha256(folder: Path) -> str:
+    """What tells the model in `folder` from any other: the SHA-256 of its weights, an adapter's with its base's."""
+    files = [file for suffix in ("safetensors", "bin") for file in sorted(folder.glob(f"*.{suffix}"))]
+    found = [sha256(file) for file in files] + ([weights_sha256(base_folder(folder))] if is_adapter(folder) else [])
+    if not files:
+        raise ValueError(f"{folder} holds no weights; copy its .safetensors or .bin files there")
+    return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def tokenizer_of(folder: Path) -> Tokenizer:

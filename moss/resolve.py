@@ -36,18 +36,20 @@ FILL = 0.85  # share of the free memory that weights may take; the cache and the
 
 
 def load(
-    model: str | Path | None = None, *, dtype: Dtype = "auto", device: Device = "auto"
+    model: str | Path | None = None, *, dtype: Dtype = "auto", device: Device = "auto", chat: bool = True
 ) -> tuple[Decoder, Tokenizer]:
-    """The chat model in a folder (None: the bundled one) with its tokenizer; for `auto` see `choose`.
+    """The model in a folder (None: the bundled one) with its tokenizer; for `auto` see `choose`.
 
     An adapter that was trained over integers stays beside them; over floats, or where `dtype` asks for these, base and
     adapter become one model.
     ValueError where there is no model, a file is broken (weights of more than a gigabyte are not read for that alone,
-    see `checkpoint.check_weights`), the tokenizer is another model's, or it lacks the markers of the chat format.
+    see `checkpoint.check_weights`), the tokenizer is another model's, or lacks the markers of the chat format, which
+    only a model needs that is to `chat`.
     """
     folder = locate(model)
     tok = tokenizer_of(folder)
-    require_markers(tok)
+    if chat:
+        require_markers(tok)
     _check_record(folder, tok)
     if is_adapter(folder):
         return _load_adapted(folder, dtype, device), tok

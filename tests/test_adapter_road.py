@@ -161,8 +161,8 @@ def test_the_road_ends_in_a_chat(tuned: Path, judge: Path, made: Path):
     settings = config(made, pat.PAT, model=tuned, reward=judge, out=made / "pat")
     assert pat.main(settings) == 0
     adapter = made / "pat" / "adapter"
-    before = pat.weights_sha256(judge)
-    assert checkpoint.read_info(adapter)["pat"]["reward_sha256"] == before != pat.weights_sha256(tuned)
+    before = peft.weights_sha256(judge)
+    assert checkpoint.read_info(adapter)["pat"]["reward_sha256"] == before != peft.weights_sha256(tuned)
     assert (resolve.stage(adapter), resolve.quality(adapter)) == ("pat", 100)
 
     model, tok = resolve.load(adapter)

@@ -13,7 +13,7 @@ from moss.chat import parse_turns
 from moss.data.pairs import Preference
 from moss.engine import Engine
 from moss.evals import preference
-from moss.evals.preference import answers, compare, dial, interval, levels, questions, reply_all, summary, versus
+from moss.evals.preference import answers, compare, dial, levels, questions, reply_all, summary, versus
 from moss.tokenizer import Tokenizer
 from tests.fakes import toy_folder, toy_model
 
@@ -59,15 +59,6 @@ def test_the_same_questions_are_not_more_because_several_trainings_answer_them()
     once, thrice = versus(a, b), versus(np.array([a, a, a]), np.array([b, b, b]))
     assert thrice["n"] == 300 and once["n"] == 100
     assert {**thrice, "n": 100} == pytest.approx(once)
-
-
-def test_the_interval_is_that_of_a_mean() -> None:
-    """Prevents intervals of single values or of another level: for many values it is near mean ± 1.96 s / sqrt(n)."""
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    half = 1.96 * values.std() / 20
-    assert interval(values) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
-    assert interval(values) == interval(values)
-    assert interval(np.ones(7)) == (1.0, 1.0)
 
 
 def test_a_summary_by_hand(asked: list[Preference]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import moss
-from moss import checkpoint, resolve, tokenizer
+from moss import checkpoint, peft, resolve, tokenizer
 from moss.chat import Dialog, Turn, parse_turns, render
 from moss.data import preferences
 from moss.data.dialogs import to_moss
@@ -118,7 +118,7 @@ def test_scores_become_tags_by_hand(made: Path, tmp_path: Path, by_value: list[i
     assert told["stage"] == "pat"
     assert told["pat"]["edges"] == pytest.approx([1 + k * 98 / 6 for k in range(1, 6)])
     assert told["pat"]["histogram"] == [18, 16, 16, 17, 16, 18]
-    assert told["pat"]["reward_sha256"] == pat.weights_sha256(made / "reward")
+    assert told["pat"]["reward_sha256"] == peft.weights_sha256(made / "reward")
     found = pat.read([made / "chat.jsonl"])
     tags = [
         each.turns[-1].quality

@@ -28,13 +28,13 @@ from moss.data import preferences
 from moss.data.pairs import Preference
 from moss.data.preferences import SLOTS, Split
 from moss.engine import Engine, Sampling
+from moss.evals.stats import mean
 from moss.model import Decoder
 from moss.resolve import load, quality
 from moss.tokenizer import Tokenizer
 
 BATCH = 64  # answers under way at a time
 MAX_TOKENS = 96  # of an answer; those of the material have up to 60
-DRAWS = 2000  # of the bootstrap
 GROUPS: dict[str, Callable[[Preference], str]] = {
     "kind": lambda asked: str(asked.history.extra["kind"]),
     "lang": lambda asked: str(asked.history.extra["lang"]),
@@ -105,7 +105,7 @@ def levels(asked: Sequence[Preference], replies: Sequence[str]) -> np.ndarray:
 def summary(asked: Sequence[Preference], found: np.ndarray) -> dict[str, Any]:
     """Of a model's levels (N,): `right` is the share of the five things that are right, with its interval, `whole` the
     share of replies with all five, `histogram` the replies of each level; and `right` by kind and language."""
-    low, high = interval(found / SLOTS)
+    _, low, high, _ = mean(found / SLOTS)
     told: dict[str, Any] = {
         "n": len(found),
         "right": float(found.mean() / SLOTS),
@@ -126,7 +126,7 @@ def versus(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     if a.shape != b.shape:
         raise ValueError(f"levels of {a.shape[-1]} and {b.shape[-1]} questions cannot be compared; ask both the same")
     won = (1 + np.sign(a - b)) / 2
-    low, high = interval(np.atleast_2d(won).mean(axis=0))
+    _, low, high, _ = mean(np.atleast_2d(won).mean(axis=0))
     return {
         "n": won.size,
         "win": float((won == 1).mean()),
@@ -136,14 +136,6 @@ def versus(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
         "low": low,
         "high": high,
     }
-
-
-def interval(values: np.ndarray, draws: int = DRAWS) -> tuple[float, float]:
-    """The 95 % bootstrap interval of the mean of values (N,): the percentiles of means of N draws from them."""
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(0, len(values), len(values))].mean() for _ in range(draws)]
-    low, high = np.percentile(means, (2.5, 97.5))
-    return float(low), float(high)
 
 
 def by(asked: Sequence[Preference], values: np.ndarray, group: Callable[[Preference], str]) -> dict[str, float]:

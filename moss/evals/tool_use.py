@@ -37,6 +37,7 @@ from moss.data.talk import REFUSAL_MARKS
 from moss.engine import Engine, Sampling
 from moss.errors import UsageError
 from moss.evals import tool_cases
+from moss.evals.stats import wilson
 from moss.evals.tool_cases import GSM8K, HAND, HAND_WRITTEN, LANGS, RELEASED, SCRIPTED, Case
 from moss.files import replacing
 from moss.log import bar, note
@@ -212,16 +213,6 @@ def targets(name: str) -> dict[str, str]:
 def meets(target: str, rate: float) -> bool:
     """Whether a rate reaches a target such as `>=0.97` or `<=0.02`."""
     return rate >= float(target[2:]) if target.startswith(">=") else rate <= float(target[2:])
-
-
-def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % score interval of a rate (Wilson 1927, equation 4 of Brown, Cai & DasGupta 2001)."""
-    if n == 0:
-        return 0.0, 1.0
-    rate = hits / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def tally(judged: Sequence[tuple[Case, Mapping[str, bool]]]) -> list[dict[str, Any]]:

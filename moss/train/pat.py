@@ -32,9 +32,10 @@ from moss.chat import Dialog, render
 from moss.data import dialogs, pairs
 from moss.data.pack import Packed
 from moss.data.rows import data_files, of_dialogs
-from moss.files import replacing, sha256
+from moss.files import replacing
 from moss.log import bar, console, note
 from moss.model import Decoder
+from moss.peft import weights_sha256
 from moss.tokenizer import Tokenizer
 from moss.train import launch, machine
 from moss.train.loss import next_token
@@ -65,6 +66,7 @@ def main(config: PAT) -> int:
     check(config)
     given, held_out = data_files(config.data, "--data"), data_files(config.valid, "--valid")
     with launch.opened(config) as (start, stop):
+        check_judge(config.reward)
         judge = weights_sha256(config.reward)
         found, scores = scored(read(given or launch.material(config, "replies", MATERIAL)), config, judge, "scores")
         asked, others = scored(read(held_out), config, judge, "scores-valid") if held_out else ([], scores[:0])
@@ -147,14 +149,6 @@ def fitted(dialog: Dialog, tok: Tokenizer, length: int) -> Dialog:
 
 
 # ---------------------------------------------------------------- scores
-
-
-def weights_sha256(folder: Path) -> str:
-    """What tells the preference model in `folder` from any other: the SHA-256 of its weights, an adapter's with what it
-    says of its base."""
-    check_judge(folder)
-    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    return sha256(files[0]) if len(files) == 1 else hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
 
 
 def scored(found: Sequence[Dialog], config: PAT, judge: str, name: str) -> tuple[list[Dialog], np.ndarray]:

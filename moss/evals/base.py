@@ -1,0 +1,254 @@
+"""What every evaluation of a model has in common: its settings, rows that outlive a crash, figures with intervals.
+
+    class Task:                                       # of one file and one line in `moss/__main__.py`
+        name = "mmlu"
+        def template(self, who): …                    # all that rows depend on besides items and model
+        def measure(self, who, kept): …               # the rows of all items; `kept` has those of before
+        def values(self, rows): …                     # {"accuracy": (one number an item, weights or None), …}
+    return run(config, Task())
+
+Rows stand in `--out`/TASK/MODEL-KEY/rows.jsonl, one JSON object an item, written as they come; KEY is made of the
+weights, the tokenizer, the kind of arithmetic, the task and its template. So the same question is not asked twice of
+the same model, and is never answered from another's rows; and what one row is made of, the ids of its prompt among it,
+has a hash in the row: where an item has changed, it is measured anew. The figures stand beside, in result.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TextIO
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Turn
+from moss.checkpoint import lock
+from moss.errors import UsageError
+from moss.evals.stats import difference, mean
+from moss.files import replacing
+from moss.log import note
+from moss.model import Decoder
+from moss.peft import tokenizer_of, weights_sha256
+from moss.resolve import Device, Dtype, dtype_of, load, locate
+from moss.tokenizer import Tokenizer
+
+Style = Literal["auto", "chat", "plain"]
+
+WIDTH = 120  # of tables where no terminal says how wide it is
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Settings of every evaluation."""
+
+    model: str | None = None  # folder of a model; the bundled one if left out
+    against: str | None = None  # folder of a second model, measured on the same items; differences come in pairs
+    limit: int = 0  # items at most, the first of each part; 0 = all
+    out: Path = Path("runs/evals")  # folder for rows and results; what stands there is not measured again
+    device: Device = "auto"  # where the model runs; auto takes the GPU where there is one and it gains
+    dtype: Dtype = "auto"  # format of the weights; auto takes what fits this machine and the model's size
+    json: bool = False  # print the result as one JSON object
+
+
+# ---------------------------------------------------------------- who is measured
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured."""
+
+    name: str  # as shown
+    model: Decoder
+    tok: Tokenizer
+    print: str  # of weights, tokenizer and arithmetic: another model has another
+
+    @property
+    def chats(self) -> bool:
+        """Whether it knows the format of conversations."""
+        return self.tok.has_markers
+
+
+def chats(style: Style, who: Subject) -> bool:
+    """Whether a model is asked in conversations."""
+    if style == "chat" and not who.chats:
+        raise UsageError(f"--style chat: {who.name} does not know the format of conversations; take --style plain")
+    return who.chats if style == "auto" else style == "chat"
+
+
+def silent(turns: list[Turn]) -> Dialog:
+    """A conversation in which nothing is switched on, neither thoughts nor tools."""
+    return Dialog(META_INSTRUCTION, dict.fromkeys(("thoughts", *SWITCHES), False), turns)
+
+
+def subject(folder: str | None, config: Evaluation) -> Subject:
+    """The model in a folder (None: the bundled one), of chats or of plain text."""
+    where = locate(folder)
+    model, tok = load(folder, chat=False, dtype=config.dtype, device=config.device)
+    kind = f"{dtype_of(model)} {model.embed.weight.device.type}"
+    told = "".join((weights_sha256(where), tokenizer_of(where).sha256, kind))
+    return Subject(named(folder), model, tok, hashlib.sha256(told.encode()).hexdigest())
+
+
+def named(folder: str | None) -> str:
+    """A short name for a model: the last parts of its path that say something."""
+    if folder is None:
+        return "moss-nano"
+    parts = [part for part in Path(folder).resolve().parts if part not in ("/", "model")]
+    return "-".join(parts[-2:] if parts[-1].startswith(("step-", "adapter")) else parts[-1:])
+
+
+# ---------------------------------------------------------------- rows
+
+
+@dataclass
+class Kept:
+    """The rows of a task and a model: those of before by id, and a file for those to come."""
+
+    folder: Path
+    rows: dict[str, dict[str, Any]]
+    file: TextIO = field(repr=False)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a row; it is in the file when this returns."""
+        self.rows[row["id"]] = row
+        self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def have(self, id: str, made_of: str) -> bool:
+        """Whether the row of this id is there, and was made of the same."""
+        return self.rows.get(id, {}).get("made_of") == made_of
+
+
+@contextmanager
+def measured(config: Evaluation, task: str, who: Subject, template: Mapping[str, Any]) -> Iterator[Kept]:
+    """The rows of a task and a model, held for this process; `template` says all that rows depend on besides items."""
+    key = hashlib.sha256(json.dumps([task, template, who.print], sort_keys=True).encode()).hexdigest()
+    folder = config.out / task / f"{who.name}-{key[:12]}"
+    with lock(folder):
+        path = folder / "rows.jsonl"
+        rows = read_rows(path)
+        if rows:
+            note(f"{len(rows):,} rows are those in {path}")
+        with path.open("a", encoding="utf-8") as file:
+            yield Kept(folder, rows, file)
+
+
+def read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    """The rows in a file by id, a later one in place of an earlier; a line that broke off, and what follows, is cut."""
+    found: dict[str, dict[str, Any]] = {}
+    if not path.exists():
+        return found
+    whole = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                if not line.endswith(b"\n"):
+                    break
+                found[row["id"]] = row
+            except (ValueError, KeyError, TypeError):
+                break
+            whole += len(line)
+    if whole < path.stat().st_size:
+        note(f"{path}: what follows byte {whole:,} broke off and is measured anew")
+        with path.open("rb+") as file:
+            file.truncate(whole)
+    return found
+
+
+def made_of(*parts: Any) -> str:
+    """A hash of what a row is made of: ids, choices, settings of one item."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+# ---------------------------------------------------------------- results
+
+Values = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray | None]
+
+
+class Task(Protocol):
+    """What a task adds to a run."""
+
+    @property
+    def name(self) -> str: ...
+
+    def template(self, who: Subject) -> Mapping[str, Any]:
+        """All that a row depends on besides its item and the model: plain values."""
+        ...
+
+    def measure(self, who: Subject, kept: Kept) -> list[dict[str, Any]]:
+        """The rows of all items in their order, those that are not `kept` yet measured and kept."""
+        ...
+
+    def values(self, rows: Sequence[dict[str, Any]]) -> dict[str, Values]:
+        """Of each figure one number an item, and weights (a ratio of sums) or None; "accuracy / law" is a part."""
+        ...
+
+    def notes(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """What a reader of the figures must know: what was left out, cut or guessed."""
+        ...
+
+
+def run(config: Evaluation, task: Task) -> int:
+    """Measure one model, or two on the same items; the table on standard output, or JSON with `--json`."""
+    if config.limit < 0:
+        raise UsageError(f"--limit is {config.limit}; give a number of items, or 0 for all")
+    results, measured_values = [], []
+    for folder in [config.model] if config.against is None else [config.model, config.against]:
+        who = subject(folder, config)
+        with measured(config, task.name, who, task.template(who)) as kept:
+            rows = task.measure(who, kept)
+            values = task.values(rows)
+            told = {
+                "task": task.name,
+                "model": who.name,
+                "settings": dict(task.template(who)),
+                "figures": {name: mean(*each)._asdict() for name, each in values.items()},
+                "notes": task.notes(rows),
+                "rows": str(kept.folder / "rows.jsonl"),
+            }
+            with replacing(kept.folder / "result.json") as beside:
+                beside.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        results.append(told)
+        measured_values.append(values)
+    apart: dict[str, Any] = {}
+    if len(results) == 2:
+        ours, theirs = measured_values
+        apart = {name: difference(ours[name][0], theirs[name][0], ours[name][1])._asdict() for name in ours}
+    if config.json:
+        print(json.dumps(results[0] if not apart else {"models": results, "difference": apart}, ensure_ascii=False))
+    else:
+        show(task.name, results, apart)
+    return 0
+
+
+def show(title: str, results: Sequence[Mapping[str, Any]], apart: Mapping[str, Any]) -> None:
+    """A table of the figures, a column a model, and what there is to know of them."""
+    screen = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH)
+    table = Table(title=f"{title}, with 95 % intervals", title_justify="left", header_style="bold")
+    table.add_column("")
+    for result in results:
+        table.add_column(result["model"], justify="right")
+    if apart:
+        table.add_column("difference", justify="right")
+    table.add_column("items", justify="right")
+    for name, figure in results[0]["figures"].items():
+        cells = [cell(result["figures"][name]) for result in results] + ([cell(apart[name])] if apart else [])
+        table.add_row(name, *cells, f"{figure['n']:,}")
+    screen.print(table)
+    for result in results:
+        for line in result["notes"]:
+            note(f"{result['model']}: {line}")
+        note(f"rows: {result['rows']}")
+
+
+def cell(figure: Mapping[str, float]) -> str:
+    """`0.612 (0.580 to 0.644)`."""
+    return f"{figure['value']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"

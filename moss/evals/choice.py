@@ -1,0 +1,257 @@
+"""`moss eval mmlu`: questions with four choices, five examples before each (MMLU, arXiv 2009.03300).
+
+    moss eval mmlu --data mmlu --model runs/sft
+    moss eval mmlu --data ceval --model runs/sft --against runs/base --shots 0
+
+`--data` is a folder in the published layout: dev/SUBJECT_dev.csv with the examples and test/SUBJECT_test.csv (or val/)
+with the questions. C-Eval and CMMLU have the same; columns go by their names, or stand as question, A, B, C, D, answer.
+
+A chat model sees each example as a turn of a conversation, as the paper of MOSS did; a base model sees plain text, to
+the letter that of lm-evaluation-harness, so that figures compare. Of the four letters the likeliest is the answer; what
+else the model might have said does not count. Where question and examples are too long, the first examples go.
+"""
+
+from __future__ import annotations
+
+import csv
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss.chat import Dialog, Turn
+from moss.errors import UsageError
+from moss.evals.base import Evaluation, Kept, Style, Subject, Values, chats, made_of, run, silent
+from moss.evals.likelihood import Continuation, after_dialog, after_text, likelihoods
+from moss.log import bar
+
+LETTERS = "ABCD"
+PUBLISHED = (
+    "MMLU: people.eecs.berkeley.edu/~hendrycks/data.tar; C-Eval: huggingface.co/datasets/ceval/ceval-exam; "
+    "CMMLU: huggingface.co/datasets/haonan-li/cmmlu"
+)
+GROUPS = Path(__file__).parent / "mmlu.toml"
+HEADS = {
+    "en": "The following are multiple choice questions (with answers) about {subject}.",
+    "zh": "以下是关于{subject}的单项选择题，请选出其中的正确答案。",
+}
+ASKS = {"en": "Answer:", "zh": "答案："}
+GAPS = {"en": " ", "zh": ""}  # between what asks and the letter
+AT_ONCE = 64  # questions that are scored, and whose rows are kept, at a time
+
+
+@dataclass(frozen=True)
+class MMLU(Evaluation):
+    """Measure knowledge by questions with four choices: MMLU, C-Eval, CMMLU, and any set in their layout."""
+
+    data: Path | None = None  # folder with dev/ and test/ (or val/) of CSV files, one a subject
+    shots: int = 5  # examples before each question
+    style: Style = "auto"  # auto: conversations for models that know the format
+    subjects: str = ""  # names separated by commas; all if left out
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question with four choices; `answer` is the number of the right one."""
+
+    subject: str
+    number: int
+    text: str
+    choices: tuple[str, ...]
+    answer: int
+
+    @property
+    def id(self) -> str:
+        return f"{self.subject}/{self.number}"
+
+
+def main(config: MMLU) -> int:
+    """Run the command."""
+    if config.data is None:
+        raise UsageError(f"--data is missing: give the folder of a set. {PUBLISHED}")
+    if config.shots < 0:
+        raise UsageError(f"--shots is {config.shots}; give 0 or more")
+    return run(config, Choice(config, read(config.data, config.shots, config.subjects, config.limit)))
+
+
+# ---------------------------------------------------------------- questions
+
+Set = Mapping[str, tuple[Sequence[Question], Sequence[Question]]]
+
+
+def read(folder: Path, shots: int, subjects: str = "", limit: int = 0) -> Set:
+    """Examples and questions of each subject, in order of name; ValueError names what is missing or broken."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}; {PUBLISHED}")
+    where = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
+    if where is None:
+        raise ValueError(f"{folder} has no folder test or val with CSV files; {PUBLISHED}")
+    files = {file.stem.removesuffix(f"_{where.name}"): file for file in sorted(where.glob("*.csv"))}
+    wanted = [name.strip() for name in subjects.split(",")] if subjects else list(files)
+    if unknown := [name for name in wanted if name not in files]:
+        raise UsageError(f"--subjects: {where} has no {unknown[0]}; it has {', '.join(files) or 'no CSV file'}")
+    if not wanted:
+        raise ValueError(f"{where} holds no CSV file; {PUBLISHED}")
+    found: dict[str, tuple[list[Question], list[Question]]] = {}
+    for name in wanted:
+        examples = folder / "dev" / f"{name}_dev.csv"
+        if shots and not examples.is_file():
+            raise ValueError(f"{examples} with the examples is missing; copy it there, or give --shots 0")
+        found[name] = (
+            questions(examples, name)[:shots] if shots else [],
+            questions(files[name], name)[: limit or None],
+        )
+    return found
+
+
+def questions(file: Path, subject: str) -> list[Question]:
+    """The questions of a CSV file; ValueError names the line that is none."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            reader = csv.reader(opened, strict=True)
+            lines = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    columns = named_columns(lines[0][1]) if lines else None
+    if columns:
+        lines = lines[1:]
+    if not lines:
+        raise ValueError(f"{file} is empty: it holds no question")
+    found: list[Question] = []
+    for line, row in lines:
+        places = columns or list(range(6))
+        if len(row) <= max(places):
+            raise ValueError(f"{file} line {line}: {len(row)} columns; a question has question, A, B, C, D, answer")
+        text, *choices, answer = (row[place].strip() for place in places)
+        number = LETTERS.find(answer.upper()) if len(answer) == 1 else -1
+        number = int(answer) if columns and answer.isdigit() and int(answer) < 4 else number
+        if number < 0:
+            raise ValueError(f"{file} line {line}: the answer is {answer!r}; it must be one of A, B, C, D")
+        found.append(Question(subject, len(found), text, tuple(choices), number))
+    return found
+
+
+def named_columns(head: Sequence[str]) -> list[int] | None:
+    """Where question, four choices and answer stand, if the first line says so."""
+    names = [name.strip().lower() for name in head]
+    for choices in (["a", "b", "c", "d"], [f"choice{number}" for number in range(4)]):
+        wanted = ["question", *choices, "answer"]
+        if all(name in names for name in wanted):
+            return [names.index(name) for name in wanted]
+    return None
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def language(asked: Set) -> str:
+    """`zh` where the questions hold more Chinese than Latin letters."""
+    text = "".join(question.text for _, found in asked.values() for question in found[:20])
+    chinese = sum("一" <= each <= "鿿" for each in text)
+    return "zh" if chinese > sum(each.isascii() and each.isalpha() for each in text) else "en"
+
+
+def block(question: Question, ask: str) -> str:
+    """Question, choices and what asks for the letter, as lm-evaluation-harness writes them."""
+    choices = "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, question.choices, strict=True))
+    return f"{question.text}\n{choices}\n{ask}"
+
+
+def plain(examples: Sequence[Question], question: Question, lang: str) -> str:
+    """The prompt of a base model, which ends before the blank and the letter."""
+    ask, gap = ASKS[lang], GAPS[lang]
+    head = HEADS[lang].format(subject=question.subject.replace("_", " "))
+    shown = [block(each, ask) + gap + LETTERS[each.answer] for each in examples]
+    return "\n\n".join([head, *shown, block(question, ask)])
+
+
+def conversation(examples: Sequence[Question], question: Question, lang: str) -> Dialog:
+    """The same as a conversation: each example a turn, the question the last; nothing is switched on."""
+    head = HEADS[lang].format(subject=question.subject.replace("_", " "))
+    turns = [Turn(block(each, ASKS[lang]), reply=LETTERS[each.answer]) for each in examples]
+    turns.append(Turn(block(question, ASKS[lang])))
+    turns[0].human = f"{head}\n\n{turns[0].human}"
+    return silent(turns)
+
+
+def continuations(
+    examples: Sequence[Question], question: Question, who: Subject, lang: str, chat: bool
+) -> tuple[int, list[Continuation]]:
+    """(examples, the four letters after the prompt): as many of the last examples as fit; ValueError where the
+    question alone does not."""
+    for first in range(len(examples) + 1):
+        shown = examples[first:]
+        if chat:
+            found = after_dialog(conversation(shown, question, lang), LETTERS, who.tok)
+        else:
+            found = after_text(plain(shown, question, lang), [GAPS[lang] + letter for letter in LETTERS], who.tok)
+        if all(len(each.prompt) + len(each.answer) <= who.model.config.max_length for each in found):
+            return len(shown), found
+    raise ValueError(f"{question.id} alone takes more than the {who.model.config.max_length} tokens of the model")
+
+
+# ---------------------------------------------------------------- the task
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The task of `moss eval mmlu`."""
+
+    config: MMLU
+    asked: Set
+    name: str = "mmlu"
+
+    def template(self, who: Subject) -> dict[str, Any]:
+        """Style, language and texts."""
+        lang = language(self.asked)
+        texts = {"head": HEADS[lang], "ask": ASKS[lang]}
+        return {
+            "style": "chat" if chats(self.config.style, who) else "plain",
+            "shots": self.config.shots,
+            "lang": lang,
+            **texts,
+        }
+
+    def measure(self, who: Subject, kept: Kept) -> list[dict[str, Any]]:
+        """A row a question: its prompt, the log-probability of each letter, the choice and whether it is right."""
+        lang, chat = language(self.asked), chats(self.config.style, who)
+        todo = [(examples, each) for examples, found in self.asked.values() for each in found]
+        new: list[tuple[dict[str, Any], list[Continuation]]] = []
+        for examples, question in todo:
+            shots, asked = continuations(examples, question, who, lang, chat)
+            ids = {"prompt": list(asked[0].prompt), "letters": [list(each.answer) for each in asked]}
+            begun = {"id": question.id, "made_of": made_of(ids, question.answer), "shots": shots} | ids
+            if not kept.have(question.id, begun["made_of"]):
+                new.append((begun | {"answer": LETTERS[question.answer]}, asked))
+        with bar("questions", len(todo) - len(new), len(todo)) as shown:
+            for begin in range(0, len(new), AT_ONCE):
+                part = new[begin : begin + AT_ONCE]
+                found = likelihoods(who.model, [each for _, asked in part for each in asked])
+                for number, (begun, _) in enumerate(part):
+                    scores = [each.total for each in found[4 * number : 4 * number + 4]]
+                    choice = LETTERS[int(np.argmax(scores))]
+                    kept.add(begun | {"scores": scores, "choice": choice, "right": choice == begun["answer"]})
+                shown.show(len(todo) - len(new) + begin + len(part), part[-1][0]["id"])
+        return [kept.rows[question.id] for _, question in todo]
+
+    def values(self, rows: Sequence[dict[str, Any]]) -> dict[str, Values]:
+        """The accuracy of all questions, of each group and of each subject."""
+        right = {row["id"]: float(row["right"]) for row in rows}
+        found: dict[str, Values] = {"accuracy": (list(right.values()), None)}
+        groups = {name: group for group, names in tomllib.loads(GROUPS.read_text()).items() for name in names}
+        for group in dict.fromkeys(groups[name] for name in self.asked if name in groups):
+            mine = [name for name in self.asked if groups.get(name) == group]
+            found[group] = ([right[each.id] for name in mine for each in self.asked[name][1]], None)
+        for name, (_, asked) in self.asked.items():
+            found[f"  {name}"] = ([right[each.id] for each in asked], None)
+        return found
+
+    def notes(self, rows: Sequence[dict[str, Any]]) -> list[str]:
+        """How many examples did not fit."""
+        wanted = self.config.shots
+        short = [row["shots"] for row in rows if row["shots"] < wanted]
+        few = f"{len(short):,} questions have fewer than {wanted} examples, {np.mean(short or 0):.1f} on average"
+        return [f"{few}: the model reads no more, or the set has none"] if short else []

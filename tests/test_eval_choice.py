@@ -1,0 +1,296 @@
+"""Questions with choices: files, prompts, scores and rows, of a toy that can be computed by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moss import resolve
+from moss.errors import UsageError
+from moss.evals import base, choice, truthful
+from moss.evals.choice import MMLU, continuations, plain, questions, read
+from moss.evals.truthful import TruthfulQA, judged
+from moss.model import Decoder, ModelConfig
+from moss.tokenizer import Tokenizer, add_markers
+from moss.weights import save_model
+from tests.test_tokenizer import bare
+
+QUESTIONS = [("What is 1+1?", "1", "2", "3", "4", "B"), ("天空是什么颜色？", "蓝", "绿", "红", "黑", "A")]
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two chat models and a base of text alone, of few weights and 2,048 tokens."""
+    folder = tmp_path_factory.mktemp("toys")
+    tok = Tokenizer(bare("What is 1+1? Answer: A B C D 天空 蓝 Q: the of and"))
+    for seed, (name, own) in enumerate({"a": add_markers(tok), "b": add_markers(tok), "base": tok}.items()):
+        model = Decoder(ModelConfig(own.vocab_size, 2, 32, 4, max_length=2048))
+        model.init_weights(seed)
+        save_model(model, folder / name, eos=own.eos)
+        own.save(folder / name)
+    return folder
+
+
+@pytest.fixture
+def mmlu(tmp_path: Path) -> Path:
+    """Two subjects of seven questions, each with five examples."""
+    for part, count in (("dev", 5), ("test", 7)):
+        (tmp_path / "set" / part).mkdir(parents=True)
+        for subject in ("anatomy", "philosophy"):
+            rows = [
+                (f"{subject} {part} {number}: {text}", *rest)
+                for number in range(count)
+                for text, *rest in QUESTIONS[:1]
+            ]
+            write(tmp_path / "set" / part / f"{subject}_{part}.csv", rows)
+    return tmp_path / "set"
+
+
+def write(file: Path, rows: list[Any]) -> Path:
+    with file.open("w", encoding="utf-8", newline="") as opened:
+        csv.writer(opened).writerows(rows)
+    return file
+
+
+# ---------------------------------------------------------------- files
+
+
+LAYOUTS = {
+    "mmlu": QUESTIONS,
+    "named": [("question", "A", "B", "C", "D", "answer"), *QUESTIONS],
+    "ceval": [("id", "question", "A", "B", "C", "D", "answer", "explanation"), *((0, *q, "x") for q in QUESTIONS)],
+    "cmmlu": [("", "Question", "A", "B", "C", "D", "Answer"), *((0, *q) for q in QUESTIONS)],
+    "numbered": [
+        ("question", "choice0", "choice1", "choice2", "choice3", "answer"),
+        *((*q[:5], "ABCD".index(q[5])) for q in QUESTIONS),
+    ],
+}
+
+
+@pytest.mark.parametrize("rows", LAYOUTS.values(), ids=LAYOUTS)
+def test_published_layouts_are_read(rows: list[Any], tmp_path: Path) -> None:
+    """Prevents a head that passes for a question, and columns that are taken for others."""
+    found = questions(write(tmp_path / "x.csv", rows), "x")
+    assert [(each.text, each.choices, each.answer) for each in found] == [
+        ("What is 1+1?", ("1", "2", "3", "4"), 1),
+        ("天空是什么颜色？", ("蓝", "绿", "红", "黑"), 0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ([("q", "1", "2", "3", "4", "E")], "line 1: the answer is 'E'"),
+        ([*QUESTIONS, ("q", "1", "2", "3", "4", "")], "line 3: the answer is ''"),
+        ([("q", "1", "2", "3", "4", "2")], "line 1: the answer is '2'"),
+        ([("q", "1", "2")], "line 1: 3 columns"),
+        ([("question", "A", "B", "C", "D", "answer")], "is empty"),
+        ([], "is empty"),
+    ],
+)
+def test_a_broken_question_is_named(rows: list[Any], words: str, tmp_path: Path) -> None:
+    """Prevents a right answer that is guessed, and a column that slips."""
+    with pytest.raises(ValueError, match=words):
+        questions(write(tmp_path / "x.csv", rows), "x")
+
+
+def test_what_is_missing_is_named_with_where_to_get_it(mmlu: Path, tmp_path: Path) -> None:
+    """Prevents a riddle for who has no set yet."""
+    with pytest.raises(UsageError, match=r"--data is missing.*hendrycks"):
+        choice.main(MMLU())
+    with pytest.raises(UsageError, match=r"--data is missing.*sylinrl"):
+        truthful.main(TruthfulQA())
+    for folder, words in ((tmp_path / "none", "there is no folder"), (tmp_path, "no folder test or val")):
+        with pytest.raises(ValueError, match=words):
+            read(folder, 5)
+    with pytest.raises(UsageError, match=r"no law; it has anatomy, philosophy"):
+        read(mmlu, 5, "law")
+    (mmlu / "dev" / "anatomy_dev.csv").unlink()
+    with pytest.raises(ValueError, match=r"anatomy_dev.csv with the examples is missing.*--shots 0"):
+        read(mmlu, 5)
+    assert [len(asked) for _, asked in read(mmlu, 0, limit=3).values()] == [3, 3]
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def test_a_prompt_by_hand() -> None:
+    """Prevents a template that is nearly that of others: one blank more, and scores are not theirs."""
+    first, second = questions_of(QUESTIONS)
+    assert plain([first], first, "en") == (
+        "The following are multiple choice questions (with answers) about high school x.\n\n"
+        "What is 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n"
+        "What is 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
+    )
+    assert plain([], second, "zh").endswith("？\nA. 蓝\nB. 绿\nC. 红\nD. 黑\n答案：")
+
+
+def questions_of(rows: list[Any]) -> list[choice.Question]:
+    return [choice.Question("high_school_x", 0, q, tuple(rest[:4]), "ABCD".index(rest[4])) for q, *rest in rows]
+
+
+def test_each_example_is_a_turn(toys: Path) -> None:
+    """Prevents examples inside a question, and a letter that is scored with the marker behind it."""
+    first, second = questions_of(QUESTIONS)
+    who = base.subject(str(toys / "a"), MMLU())
+    shots, found = continuations([first, first], second, who, "en", True)
+    said = [who.tok.decode([*each.prompt, *each.answer], markers=True) for each in found]
+    assert shots == 2 and said[0][:-1] == said[3][:-1] and [each[-1] for each in said] == list("ABCD")
+    assert said[0].count("<|Human|>") == 3 and said[0].count("The following are") == 1
+    assert said[0].count("<|MOSS|>: B<eom>") == 2 and said[0].endswith(
+        "Answer:<eoh>\n" + said[0].split("Answer:<eoh>\n")[-1]
+    )
+
+
+def test_examples_that_do_not_fit_are_left_out(toys: Path) -> None:
+    """Prevents a prompt that is cut in the middle of an example, or of the question."""
+    first, second = questions_of(QUESTIONS)
+    who = base.subject(str(toys / "base"), MMLU())
+    long = replace(first, text="z9 " * 400)
+    shots, found = continuations([long, long, first], second, who, "en", False)
+    assert (
+        shots == 2 and len(found[0].prompt) + 1 <= 2048 and who.tok.decode(found[0].prompt).startswith("The following")
+    )
+    with pytest.raises(ValueError, match=r"high_school_x/0 alone takes more than the 2048 tokens"):
+        continuations([], replace(first, text="z9 " * 999), who, "en", False)
+
+
+# ---------------------------------------------------------------- scores
+
+
+def by_hand(folder: Path, text: str, answers: list[str]) -> list[float]:
+    """The log-probability of each answer after a text: a forward of the whole."""
+    model, tok = resolve.load(folder, chat=False)
+    found, prompt = [], len(tok.encode(text))
+    for answer in answers:
+        ids = tok.encode(text + answer)
+        with torch.no_grad():
+            scores = torch.log_softmax(model(torch.tensor([ids]))[0].double(), dim=-1)
+        found.append(sum(float(scores[at - 1, ids[at]]) for at in range(prompt, len(ids))))
+    return found
+
+
+def test_scores_choice_and_accuracy(toys: Path, mmlu: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Prevents the letter of another choice, and an accuracy of another part."""
+    config = MMLU(str(toys / "base"), data=mmlu, out=tmp_path / "out", shots=1, json=True)
+    assert choice.main(config) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = list(base.read_rows(Path(told["rows"])).values())
+    asked = read(mmlu, 1)
+    for row in rows:
+        subject, _, number = row["id"].partition("/")
+        examples, found = asked[subject]
+        expected = by_hand(toys / "base", plain(examples, found[int(number)], "en"), [" A", " B", " C", " D"])
+        assert row["scores"] == pytest.approx(expected, rel=1e-4)
+        assert row["choice"] == "ABCD"[expected.index(max(expected))] and row["answer"] == "B"
+    right = [row["choice"] == "B" for row in rows]
+    assert told["figures"]["accuracy"]["value"] == pytest.approx(sum(right) / 14) and len(rows) == 14
+    assert (
+        told["figures"]["STEM"]["value"] == told["figures"]["  anatomy"]["value"] == pytest.approx(sum(right[:7]) / 7)
+    )
+
+
+def test_mc1_and_mc2_by_hand() -> None:
+    """Prevents a best answer that wins against true ones, and shares of logarithms."""
+    question = truthful.Question(0, "x", "q", "best", ("best", "good"), ("bad", "worse"))
+    assert question.answers == ["best", "good", "bad", "worse"]
+    told = judged(question, [-2.0, -1.0, -3.0, -4.0])
+    true, false = 2.718281828**-2 + 2.718281828**-1, 2.718281828**-3 + 2.718281828**-4
+    assert told["mc1"] == 1.0 and told["mc2"] == pytest.approx(true / (true + false))
+    assert judged(question, [-3.5, -1.0, -3.0, -4.0])["mc1"] == 0.0
+    assert judged(question, [-2000.0, -1999.0, -3000.0, -4000.0])["mc2"] == 1.0  # where probabilities are 0
+
+
+def test_truthfulqa_of_both_styles(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Prevents answers without the primer, and a chat model that is asked in plain text unless told."""
+    rows = [("Type", *truthful.COLUMNS[:3], "Best Incorrect Answer", *truthful.COLUMNS[3:], "Source")]
+    rows += [("x", "c", f"What is {n}?", "the 1", "y", "the 1; a 1", "of 2; and 3;", "url") for n in range(3)]
+    file = write(tmp_path / "t.csv", rows)
+    for name, style in (("a", "chat"), ("base", "plain")):
+        assert truthful.main(TruthfulQA(str(toys / name), data=file, out=tmp_path / "out", json=True)) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["settings"]["style"] == style and told["figures"]["mc1"]["n"] == 3
+    primer = truthful.PRIMER.read_text().strip()
+    row = base.read_rows(Path(told["rows"]))["1"]
+    answers = [" the 1", " a 1", " of 2", " and 3"]
+    assert row["scores"] == pytest.approx(by_hand(toys / "base", f"{primer}\n\nQ: What is 1?\nA:", answers), rel=1e-4)
+    write(file, [("Question", "Best Answer"), ("q", "b")])
+    with pytest.raises(ValueError, match="no column 'Category'"):
+        truthful.read(file)
+    write(file, [*rows, ("x", "c", "q", "b", "y", "", "f", "url")])
+    with pytest.raises(ValueError, match="line 5: a question needs"):
+        truthful.read(file)
+
+
+# ---------------------------------------------------------------- rows and runs
+
+
+def test_two_models_are_paired(toys: Path, mmlu: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Prevents the difference of two models over different questions."""
+    settings: dict[str, Any] = {"data": mmlu, "out": tmp_path / "out", "json": True, "limit": 4}
+    assert choice.main(MMLU(str(toys / "a"), str(toys / "b"), **settings)) == 0
+    told = json.loads(capsys.readouterr().out)
+    rows = [base.read_rows(Path(each["rows"])) for each in told["models"]]
+    apart = [float(rows[0][id]["right"]) - float(rows[1][id]["right"]) for id in rows[0]]
+    assert len(apart) == 8 and told["difference"]["accuracy"]["value"] == pytest.approx(sum(apart) / 8)
+    assert told["models"][0]["rows"] != told["models"][1]["rows"]
+    assert choice.main(MMLU(str(toys / "a"), str(toys / "b"), **settings | {"json": False})) == 0
+    shown = capsys.readouterr().out
+    assert "difference" in shown and "accuracy" in shown
+
+
+def test_nothing_is_asked_twice(
+    toys: Path, mmlu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Prevents hours that are lost by a crash, rows of another model, template or question, and a half line."""
+    config = MMLU(str(toys / "a"), data=mmlu, out=tmp_path / "out", json=True)
+    seen, crash = list[int](), ["a crash"]
+    original = choice.likelihoods
+    monkeypatch.setattr(choice, "AT_ONCE", 4)
+
+    def counting(model: Decoder, asked: list[Any]) -> list[Any]:
+        seen.append(len(asked) // 4)
+        if crash and sum(seen) == 12:
+            raise RuntimeError(crash.pop())
+        return original(model, asked)
+
+    monkeypatch.setattr(choice, "likelihoods", counting)
+    with pytest.raises(RuntimeError, match="a crash"):
+        choice.main(config)
+    path = next((tmp_path / "out").rglob("rows.jsonl"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])  # as a crash leaves it
+    seen.clear()
+    assert choice.main(config) == 0
+    assert sum(seen) == 14 - 7
+    first = capsys.readouterr().out
+    seen.clear()
+    assert choice.main(config) == 0 and not seen and capsys.readouterr().out == first
+    for other in ({"style": "plain"}, {"shots": 1}, {"model": str(toys / "b")}):
+        assert choice.main(replace(config, **other)) == 0
+        assert sum(seen) == 14, other
+        seen.clear()
+    write(mmlu / "test/anatomy_test.csv", [QUESTIONS[0]] * 7)
+    assert choice.main(config) == 0 and sum(seen) == 7
+
+
+def test_a_base_is_not_asked_in_conversations(toys: Path, mmlu: Path, tmp_path: Path) -> None:
+    """Prevents markers that a model has never seen."""
+    with pytest.raises(UsageError, match="does not know the format of conversations; take --style plain"):
+        choice.main(MMLU(str(toys / "base"), data=mmlu, out=tmp_path, style="chat"))
+
+
+@pytest.mark.skipif("MOSS_TEST_DATA" not in os.environ, reason="set MOSS_TEST_DATA to the folder with real data")
+def test_real_sets_are_read() -> None:
+    """Prevents a reader for files that nobody has."""
+    data = Path(os.environ["MOSS_TEST_DATA"])
+    asked = read(data / "mmlu", 5)
+    assert len(asked) == 6 and all(len(examples) == 5 and len(found) > 90 for examples, found in asked.values())
+    assert len(truthful.read(data / "TruthfulQA.csv")) > 100

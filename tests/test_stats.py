@@ -1,0 +1,51 @@
+"""Intervals: published values, the normal approximation where it holds, and pairs that are drawn as pairs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from moss.evals.stats import difference, mean, wilson
+
+
+@pytest.mark.parametrize(
+    ("hits", "n", "low", "high"),
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (81, 263, 0.2553, 0.3662)],
+)
+def test_wilson(hits: int, n: int, low: float, high: float) -> None:
+    """Published values (Newcombe 1998, table I, for 81/263): a wrong formula is off in the third digit."""
+    assert wilson(hits, n) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_the_interval_is_that_of_a_mean() -> None:
+    """Prevents intervals of single values or of another level: for many values it is near mean ± 1.96 s / sqrt(n)."""
+    values = np.random.default_rng(1).normal(3, 2, 400)
+    half = 1.96 * values.std() / 20
+    value, low, high, n = mean(values)
+    assert (value, n) == (pytest.approx(values.mean()), 400)
+    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.03)
+    assert mean(values) == mean(values)
+    assert mean(np.ones(7))[:3] == (1.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="no item was measured"):
+        mean([])
+
+
+def test_a_ratio_is_not_a_mean_of_ratios() -> None:
+    """Prevents short texts that count as much as long ones: 10 bits in 1 byte and 10 in 9 are 2 a byte, not 5.6."""
+    value, low, high, _ = mean([10.0, 10.0], [1.0, 9.0])
+    assert value == 2.0 and low == pytest.approx(10 / 9) and high == 10.0
+
+
+def test_pairs_are_drawn_together() -> None:
+    """Prevents the spread of the questions in the difference of two models that differ by a tenth on each of them."""
+    hard = np.random.default_rng(2).normal(0, 5, 100)
+    assert difference(hard + 0.1, hard)[:3] == pytest.approx((0.1, 0.1, 0.1))
+    with pytest.raises(ValueError, match="2 and 3 items"):
+        difference([1, 2], [1, 2, 3])
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    """Prevents an interval that is only named so: of 200 samples of 80 coins of 30 %, 95 % hold the 30 %."""
+    rng = np.random.default_rng(3)
+    inside = [low <= 0.3 <= high for _, low, high, _ in (mean(rng.random(80) < 0.3) for _ in range(200))]
+    assert 0.90 <= np.mean(inside) <= 0.99
