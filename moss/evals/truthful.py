@@ -56,6 +56,11 @@ class Question:
         """All of them, each once: the best, other true ones, false ones."""
         return list(dict.fromkeys((self.best, *self.true, *self.false)))
 
+    @property
+    def num_true(self) -> int:
+        """How many of them, the first, are true."""
+        return len({self.best, *self.true})
+
 
 def main(config: TruthfulQA) -> int:
     """Run the command."""
@@ -130,7 +135,13 @@ class Truthful:
             longest = max(len(each.prompt) + len(each.answer) for each in asked)
             begun |= {"cut": longest > who.model.config.max_length + 1}  # the last id is told, and not read
             if not kept.have(begun["id"], begun["made_of"]):
-                new.append((question, begun | {"question": question.text, "texts": question.answers}, asked))
+                new.append(
+                    (
+                        question,
+                        begun | {"question": question.text, "texts": question.answers, "true": question.num_true},
+                        asked,
+                    )
+                )
         done = len(self.asked) - len(new)
         with bar("questions", done, len(self.asked)) as shown:
             for begin in range(0, len(new), AT_ONCE):
