@@ -40,6 +40,7 @@ VERBS = {
     "train ppo": "moss.train.ppo:PPO",
     "eval mmlu": "moss.evals.choice:MMLU",
     "eval truthfulqa": "moss.evals.truthful:TruthfulQA",
+    "eval perplexity": "moss.evals.perplexity:Perplexity",
     "eval tools": "moss.evals.tool_use:EvalTools",
     "bench": "moss.evals.bench:Bench",
 }
