@@ -289,20 +289,15 @@ def train(
     if job.checkpointing:
         dist.recompute(net)
     if config.plan:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0  # so that replies stay as long as this model writes them
 
         def step() -> None:
             micro, state.position = batches(state.position)
             one_step(model, net, loss_fn, micro, optimizer)
 
-        stays = memory.standing(job)
-        watch = plan.Watch(str(device), sum(stays.values()) - (0 if start else stays["optimizer"]))  # made by a step
-        with plan.explained(job, free):
-            timing = plan.timed(step, period=-(-getattr(data, "period", rows) // rows))
-        found = replace(plan.plan(job, free), measured=watch.taken())
-        console.print(plan.table(found, steps=steps, timing=timing))
-        return 0
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # so that replies stay as long as this model writes them
+        period = -(-getattr(data, "period", rows) // rows)
+        return rehearse(step, job, free, device, period=period, steps=steps, resumed=start is not None)
     log = RunLog(config.out / "log.jsonl", state.step) if dist.rank() == 0 else None
     hooks = loop.Hooks(
         save=save,
@@ -332,6 +327,25 @@ def train(
         if config.report:
             note(f"drawn: {report.draw(config.out, stage)}")
         print(result)
+    return 0
+
+
+def rehearse(
+    step: Callable[[], None],
+    job: memory.Job,
+    free: float,
+    device: torch.device,
+    *,
+    period: int,
+    steps: int,
+    resumed: bool,
+) -> int:
+    """Time a few steps, and show what the run will take."""
+    stays = memory.standing(job)
+    watch = plan.Watch(str(device), sum(stays.values()) - (0 if resumed else stays["optimizer"]))  # made by a step
+    with plan.explained(job, free):
+        timing = plan.timed(step, period=period)
+    console.print(plan.table(replace(plan.plan(job, free), measured=watch.taken()), steps=steps, timing=timing))
     return 0
 
 
