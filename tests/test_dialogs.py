@@ -506,3 +506,19 @@ def test_side_fields_of_released_rows_are_rare(sample: list[dict[str, Any]]) -> 
         "calls": 65,
         "commands": 4,
     }
+
+
+def test_functions_of_the_older_form_are_calls() -> None:
+    """Prevents a call that vanishes in silence, whose answer is then learnt as though it came from nowhere."""
+    call = {"name": "Calculate", "arguments": '{"expression": "1+1"}'}
+    old: list[Any] = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": None, "function_call": call},
+    ]
+    old += [{"role": "function", "name": "Calculate", "content": "2"}, {"role": "assistant", "content": "2."}]
+    tool = {"type": "function", "function": {"name": "Calculate", "parameters": {}}}
+    new: list[Any] = [old[0], {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "function": call}]}]
+    new += [{"role": "tool", "tool_call_id": "a", "content": "2"}, old[3]]
+    first = from_row({"messages": old, "functions": [tool["function"]]})
+    second = from_row({"messages": new, "tools": [tool]})
+    assert first == second and first.turns[0].rounds[0].commands == 'Calculate("1+1")' and first.switches["calculator"]

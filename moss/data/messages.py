@@ -222,8 +222,12 @@ def _schema(key: str) -> Row:
 
 
 def from_openai(row: Row) -> Dialog:
-    """A conversation from a row of OpenAI messages. Words said beside a call count as its thoughts."""
-    messages = _list(row["messages"], "messages")
+    """A conversation from a row of OpenAI messages, the older form with functions too. Words said beside a call count
+    as its thoughts."""
+    if "functions" in row and "tools" not in row:
+        known = [{"type": "function", "function": each} for each in _list(row["functions"], "functions")]
+        row = {name: value for name, value in row.items() if name != "functions"} | {"tools": known}
+    messages = [_of_now(message) for message in _list(row["messages"], "messages")]
     switches, sides, extra = _from_side(row, ("messages", "tools"))
     metas: list[str] = []
     turns: list[list[Row]] = []
@@ -252,6 +256,14 @@ def from_openai(row: Row) -> Dialog:
         thought = any("reasoning_content" in message for message in messages)
         dialog.switches = {"thoughts": switches.get("thoughts", thought), **on}
     return dialog
+
+
+def _of_now(message: Row) -> Row:
+    """A message whose call is a `function_call`, or its answer of role `function`, in the form with tools."""
+    if message.get("function_call"):
+        kept = {name: value for name, value in message.items() if name != "function_call"}
+        return kept | {"tool_calls": [{"type": "function", "function": message["function_call"]}]}
+    return message | {"role": "tool"} if message.get("role") == "function" else message
 
 
 def _turn_from_messages(messages: list[Row], side: Row, place: str) -> Turn:
