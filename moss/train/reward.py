@@ -33,6 +33,7 @@ from moss.chat import Dialog, TooLong
 from moss.data import pairs
 from moss.data.pack import Rows, best_fit, lay
 from moss.data.rows import data_files
+from moss.files import json_object
 from moss.log import console, note
 from moss.model import Decoder
 from moss.resolve import beside, holds_model
@@ -46,6 +47,7 @@ from moss.weights import load_model
 MATERIAL = 8000  # prompts of the scripted teacher where no --data is given
 HELD_OUT = 300  # prompts of its held-out part where no --valid is given
 BINS = 10  # of the calibration error
+WRONG_HEAD = "--reward {} holds a language model; a preference model has a scalar head"
 HINT = "`moss train reward` makes one"
 BATCH = 16_384  # places for tokens that `score_replies` computes at a time
 RATES = {"lr": 2e-3, "matrix_lr": 0.012}  # of a nano
@@ -173,16 +175,19 @@ def load_judge(folder: Path, device: str | torch.device = "cpu") -> tuple[Tokeni
     adapted = peft.is_adapter(folder)
     model = (peft.load_adapted if adapted else load_model)(folder, dtype=torch.float32, device=device)
     if model.head_kind != "scalar":
-        raise ValueError(f"--reward {folder} holds a language model; a preference model has a scalar head")
+        raise ValueError(WRONG_HEAD.format(folder))
     tokenizer = peft.tokenizer_of(folder)
     require_markers(tokenizer)
     return tokenizer, model
 
 
 def check_judge(folder: Path) -> None:
-    """ValueError where there is no preference model."""
+    """ValueError where there is no preference model, as far as its config tells."""
     if not holds_model(folder):
         raise ValueError(f"--reward {folder} holds no preference model; {beside(folder) or HINT}")
+    config = {} if peft.is_adapter(folder) else json_object(folder / "config.json")
+    if any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ()):
+        raise ValueError(WRONG_HEAD.format(folder))
 
 
 @torch.inference_mode()
