@@ -13,13 +13,16 @@ import pytest
 import torch
 
 from moss import resolve
+from moss.engine import Engine
 from moss.errors import UsageError
-from moss.evals import base, choice, truthful
+from moss.evals import base, choice, perplexity, truthful
 from moss.evals.choice import MMLU, continuations, plain, questions, read
+from moss.evals.perplexity import Perplexity
 from moss.evals.truthful import TruthfulQA, judged
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer, add_markers
 from moss.weights import save_model
+from tests.fake_server import FakeServer, completes, says
 from tests.test_tokenizer import bare
 
 QUESTIONS = [("What is 1+1?", "1", "2", "3", "4", "B"), ("天空是什么颜色？", "蓝", "绿", "红", "黑", "A")]
@@ -136,12 +139,17 @@ def questions_of(rows: list[Any]) -> list[choice.Question]:
     return [choice.Question("high_school_x", 0, q, tuple(rest[:4]), "ABCD".index(rest[4])) for q, *rest in rows]
 
 
+def subject(folder: Path) -> base.Subject:
+    with base.subject(str(folder), MMLU()) as who:
+        return who
+
+
 def test_each_example_is_a_turn(toys: Path) -> None:
     """Prevents examples inside a question, and a letter that is scored with the marker behind it."""
     first, second = questions_of(QUESTIONS)
-    who = base.subject(str(toys / "a"), MMLU())
+    who = subject(toys / "a")
     shots, found = continuations([first, first], second, who, "en", True)
-    said = [who.tok.decode([*each.prompt, *each.answer], markers=True) for each in found]
+    said = [who.tokens.decode([*each.prompt, *each.answer], markers=True) for each in found]
     assert shots == 2 and said[0][:-1] == said[3][:-1] and [each[-1] for each in said] == list("ABCD")
     assert said[0].count("<|Human|>") == 3 and said[0].count("The following are") == 1
     assert said[0].count("<|MOSS|>: B<eom>") == 2 and said[0].endswith(
@@ -152,12 +160,11 @@ def test_each_example_is_a_turn(toys: Path) -> None:
 def test_examples_that_do_not_fit_are_left_out(toys: Path) -> None:
     """Prevents a prompt that is cut in the middle of an example, or of the question."""
     first, second = questions_of(QUESTIONS)
-    who = base.subject(str(toys / "base"), MMLU())
+    who = subject(toys / "base")
     long = replace(first, text="z9 " * 400)
     shots, found = continuations([long, long, first], second, who, "en", False)
-    assert (
-        shots == 2 and len(found[0].prompt) + 1 <= 2048 and who.tok.decode(found[0].prompt).startswith("The following")
-    )
+    assert shots == 2 and len(found[0].prompt) + 1 <= 2048
+    assert who.tokens.decode(found[0].prompt).startswith("The following")
     with pytest.raises(ValueError, match=r"high_school_x/0 alone takes more than the 2048 tokens"):
         continuations([], replace(first, text="z9 " * 999), who, "en", False)
 
@@ -252,16 +259,16 @@ def test_nothing_is_asked_twice(
     """Prevents hours that are lost by a crash, rows of another model, template or question, and a half line."""
     config = MMLU(str(toys / "a"), data=mmlu, out=tmp_path / "out", json=True)
     seen, crash = list[int](), ["a crash"]
-    original = choice.likelihoods
+    original = base.Subject.likelihoods
     monkeypatch.setattr(choice, "AT_ONCE", 4)
 
-    def counting(model: Decoder, asked: list[Any]) -> list[Any]:
+    def counting(who: base.Subject, asked: list[Any]) -> list[Any]:
         seen.append(len(asked) // 4)
         if crash and sum(seen) == 12:
             raise RuntimeError(crash.pop())
-        return original(model, asked)
+        return original(who, asked)
 
-    monkeypatch.setattr(choice, "likelihoods", counting)
+    monkeypatch.setattr(base.Subject, "likelihoods", counting)
     with pytest.raises(RuntimeError, match="a crash"):
         choice.main(config)
     path = next((tmp_path / "out").rglob("rows.jsonl"))
@@ -294,3 +301,65 @@ def test_real_sets_are_read() -> None:
     asked = read(data / "mmlu", 5)
     assert len(asked) == 6 and all(len(examples) == 5 and len(found) > 90 for examples, found in asked.values())
     assert len(truthful.read(data / "TruthfulQA.csv")) > 100
+
+
+# ---------------------------------------------------------------- servers
+
+
+def test_a_completion_server_tells_the_same(
+    toys: Path, mmlu: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Prevents scores of a server that are those of other places than scores in memory."""
+    settings: dict[str, Any] = {"data": mmlu, "out": tmp_path / "out", "json": True, "limit": 1}
+    with (
+        Engine(resolve.load(toys / "base", chat=False)[0]) as behind,
+        FakeServer(completes(behind), repeats=True) as it,
+    ):
+        there = MMLU(f"{it.url}#m", str(toys / "base"), tokenizer=toys / "base", **settings)
+        assert choice.main(there) == 0
+    far, near = json.loads(capsys.readouterr().out)["models"]
+    with pytest.raises(UsageError, match="--tokenizer is for a model on a server"):
+        choice.main(replace(there, model=None, against=None))
+    for mine, theirs in zip(*(base.read_rows(Path(told["rows"])).values() for told in (near, far)), strict=True):
+        assert mine["scores"] == pytest.approx(theirs["scores"], rel=1e-5) and mine["prompt"] == theirs["prompt"]
+
+
+def test_a_chat_server_is_asked_in_words(mmlu: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Prevents a letter that is guessed, likelihoods that a server does not tell, and a silence about it."""
+    said = ["B", "The answer is B.", "I do not know."]
+    (tmp_path / "a.txt").write_text("What is it?")
+    settings: dict[str, Any] = {"data": mmlu, "out": tmp_path / "out", "json": True, "limit": 3, "subjects": "anatomy"}
+    with FakeServer(*map(says, said)) as server:
+        assert choice.main(MMLU(f"{server.url}#m", **settings)) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert choice.main(MMLU(f"{server.url}#m", **settings)) == 0 and len(server.asked) == 3  # and not once more
+        with pytest.raises(UsageError, match="tells no probabilities"):
+            perplexity.main(Perplexity(f"{server.url}#m", data=[tmp_path / "a.txt"], out=tmp_path))
+    rows = base.read_rows(Path(told["rows"])).values()
+    assert sorted(row["choice"] for row in rows) == ["", "B", "B"] and told["figures"]["accuracy"]["value"] == 2 / 3
+    assert "1 replies name none" in told["notes"][0]
+    assert [message["role"] for message in server.asked[0]["messages"]] == [
+        "system",
+        *["user", "assistant"] * 5,
+        "user",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reply", "letter"),
+    [
+        *(("B", "B"), (" **C**\n", "C"), ("A. 1", "A"), ("B) because A is wrong", "B"), ("The answer is (D).", "D")),
+        *(("答案是 C。", "C"), ("选 B", "B"), ("First I say A, but the answer: B", "B"), ("It must be D", "D")),
+        *(
+            ("A dog, so C", "C"),
+            ("A dog is an animal", ""),
+            ("B or C", ""),
+            ("I cannot tell", ""),
+            ("ABCD", ""),
+            ("", ""),
+        ),
+    ],
+)
+def test_the_letter_that_a_reply_names(reply: str, letter: str) -> None:
+    """Prevents an article that passes for an answer, and a choice of two."""
+    assert choice.letter_in(reply) == letter

@@ -19,6 +19,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,17 +31,21 @@ from rich.table import Table
 
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Turn
 from moss.checkpoint import lock
+from moss.engine.remote import RemoteEngine
 from moss.errors import UsageError
+from moss.evals.likelihood import Continuation, likelihoods
 from moss.evals.stats import difference, mean
 from moss.files import replacing
 from moss.log import note
 from moss.model import Decoder
 from moss.peft import tokenizer_of, weights_sha256
-from moss.resolve import Device, Dtype, dtype_of, load, locate
+from moss.resolve import Device, Dtype, dtype_of, load, locate, on_server
 from moss.tokenizer import Tokenizer
+from moss.tools.chat_server import ChatServer, connect
 
 Style = Literal["auto", "chat", "plain"]
 
+SERVED = 8  # continuations that a server scores at a time
 WIDTH = 120  # of tables where no terminal says how wide it is
 
 
@@ -48,8 +53,9 @@ WIDTH = 120  # of tables where no terminal says how wide it is
 class Evaluation:
     """Settings of every evaluation."""
 
-    model: str | None = None  # folder of a model; the bundled one if left out
-    against: str | None = None  # folder of a second model, measured on the same items; differences come in pairs
+    model: str | None = None  # folder of a model, or http://host:port/v1#name; the bundled one if left out
+    against: str | None = None  # a second model, measured on the same items; differences come in pairs
+    tokenizer: Path | None = None  # of a model on a server: then it completes our ids, and may tell their probabilities
     limit: int = 0  # items at most, the first of each part; 0 = all
     out: Path = Path("runs/evals")  # folder for rows and results; what stands there is not measured again
     device: Device = "auto"  # where the model runs; auto takes the GPU where there is one and it gains
@@ -62,17 +68,41 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is measured."""
+    """A model that is measured: in memory, on a server that completes ids, or on one that chats."""
 
     name: str  # as shown
-    model: Decoder
-    tok: Tokenizer
-    print: str  # of weights, tokenizer and arithmetic: another model has another
+    print: str  # of weights, tokenizer and arithmetic, or of an address: another model has another
+    tok: Tokenizer | None  # None of a chat server
+    model: Decoder | None = None
+    server: RemoteEngine | ChatServer | None = None
 
     @property
     def chats(self) -> bool:
         """Whether it knows the format of conversations."""
-        return self.tok.has_markers
+        return self.tok is None or self.tok.has_markers
+
+    @property
+    def tokens(self) -> Tokenizer:
+        """The tokenizer, of which likelihoods are told; UsageError of a chat server, which tells none."""
+        if self.tok is None:
+            raise UsageError(f"{self.name} is a chat server and tells no probabilities; give its --tokenizer")
+        return self.tok
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a prompt and its answer, as far as is known."""
+        if self.model is not None:
+            return self.model.config.max_length
+        return self.server.max_length - 1 if isinstance(self.server, RemoteEngine) else sys.maxsize
+
+    def likelihoods(self, asked: Sequence[Continuation]) -> list[float]:
+        """The log-probability of each answer; EngineError of a server that does not score prompts."""
+        if self.model is not None:
+            return likelihoods(self.model, asked)
+        assert isinstance(self.server, RemoteEngine), "a chat server has no ids"
+        score = self.server.score
+        with ThreadPoolExecutor(SERVED) as pool:
+            return list(pool.map(lambda each: sum(score([*each.prompt, *each.answer])[-len(each.answer) :]), asked))
 
 
 def chats(style: Style, who: Subject) -> bool:
@@ -87,13 +117,21 @@ def silent(turns: list[Turn]) -> Dialog:
     return Dialog(META_INSTRUCTION, dict.fromkeys(("thoughts", *SWITCHES), False), turns)
 
 
-def subject(folder: str | None, config: Evaluation) -> Subject:
-    """The model in a folder (None: the bundled one), of chats or of plain text."""
-    where = locate(folder)
-    model, tok = load(folder, chat=False, dtype=config.dtype, device=config.device)
-    kind = f"{dtype_of(model)} {model.embed.weight.device.type}"
+@contextmanager
+def subject(model: str | None, config: Evaluation) -> Iterator[Subject]:
+    """The model in a folder (None: the bundled one), of chats or of plain text, or at an address; a server is let go of
+    in the end."""
+    if model is not None and on_server(model):
+        server, tok = connect(model, config.tokenizer, chat=False)
+        told = f"{server.url} {server.name} {tok.sha256 if tok else ''}"
+        with server:
+            yield Subject(server.name, hashlib.sha256(told.encode()).hexdigest(), tok, server=server)
+        return
+    where = locate(model)
+    decoder, tok = load(model, chat=False, dtype=config.dtype, device=config.device)
+    kind = f"{dtype_of(decoder)} {decoder.embed.weight.device.type}"
     told = "".join((weights_sha256(where), tokenizer_of(where).sha256, kind))
-    return Subject(named(folder), model, tok, hashlib.sha256(told.encode()).hexdigest())
+    yield Subject(named(model), hashlib.sha256(told.encode()).hexdigest(), tok, decoder)
 
 
 def named(folder: str | None) -> str:
@@ -200,10 +238,12 @@ def run(config: Evaluation, task: Task) -> int:
     """Measure one model, or two on the same items; the table on standard output, or JSON with `--json`."""
     if config.limit < 0:
         raise UsageError(f"--limit is {config.limit}; give a number of items, or 0 for all")
+    models = [config.model] if config.against is None else [config.model, config.against]
+    if config.tokenizer is not None and not any(model and on_server(model) for model in models):
+        raise UsageError("--tokenizer is for a model on a server; a folder has its own")
     results, measured_values = [], []
-    for folder in [config.model] if config.against is None else [config.model, config.against]:
-        who = subject(folder, config)
-        with measured(config, task.name, who, task.template(who)) as kept:
+    for model in models:
+        with subject(model, config) as who, measured(config, task.name, who, task.template(who)) as kept:
             rows = task.measure(who, kept)
             values = task.values(rows)
             told = {

@@ -8,12 +8,14 @@ with the questions. C-Eval and CMMLU have the same; columns go by their names, o
 
 A chat model sees each example as a turn of a conversation, as the paper of MOSS did; a base model sees plain text, to
 the letter that of lm-evaluation-harness, so that figures compare. Of the four letters the likeliest is the answer; what
-else the model might have said does not count. Where question and examples are too long, the first examples go.
+else the model might have said does not count. A chat server tells no likelihoods: there the letter that the reply
+names counts, and a line says so. Where question and examples are too long, the first examples go.
 """
 
 from __future__ import annotations
 
 import csv
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +25,14 @@ from typing import Any
 import numpy as np
 
 from moss.chat import Dialog, Turn
+from moss.data.messages import to_openai
+from moss.engine import Sampling
 from moss.errors import UsageError
+from moss.evals.answering import answers
 from moss.evals.base import Evaluation, Kept, Style, Subject, Values, chats, made_of, run, silent
-from moss.evals.likelihood import Continuation, after_dialog, after_text, likelihoods
+from moss.evals.likelihood import Continuation, after_dialog, after_text
 from moss.log import bar
+from moss.tools.run import Options
 
 LETTERS = "ABCD"
 PUBLISHED = (
@@ -40,6 +46,10 @@ HEADS = {
 }
 ASKS = {"en": "Answer:", "zh": "答案："}
 GAPS = {"en": " ", "zh": ""}  # between what asks and the letter
+STATED = re.compile(r"(?:[Aa]nswer|[Cc]hoice|[Oo]ption|答案|选项?)\W*(?:is|是|为)?\W*([ABCD])(?![A-Za-z])")
+BEGUN = re.compile(r"\W*([ABCD])(?=\s*$|\s*\n|[.):,;、。：，）])")
+ALONE = re.compile(r"(?<![A-Za-z])([BCD]|A(?! [a-z]))(?![A-Za-z'’])")  # "A dog" is no letter
+MAX_TOKENS = 1024  # of a reply, thoughts included, where a chat server must be asked in words
 AT_ONCE = 64  # questions that are scored, and whose rows are kept, at a time
 
 
@@ -185,12 +195,23 @@ def continuations(
     for first in range(len(examples) + 1):
         shown = examples[first:]
         if chat:
-            found = after_dialog(conversation(shown, question, lang), LETTERS, who.tok)
+            found = after_dialog(conversation(shown, question, lang), LETTERS, who.tokens)
         else:
-            found = after_text(plain(shown, question, lang), [GAPS[lang] + letter for letter in LETTERS], who.tok)
-        if all(len(each.prompt) + len(each.answer) <= who.model.config.max_length for each in found):
+            found = after_text(plain(shown, question, lang), [GAPS[lang] + letter for letter in LETTERS], who.tokens)
+        if all(len(each.prompt) + len(each.answer) <= who.longest for each in found):
             return len(shown), found
-    raise ValueError(f"{question.id} alone takes more than the {who.model.config.max_length} tokens of the model")
+    raise ValueError(f"{question.id} alone takes more than the {who.longest} tokens of the model")
+
+
+def letter_in(reply: str) -> str:
+    """The letter that a reply names: the last that it calls its answer, else the one that it is or begins with, else
+    the only one that stands in it; "" where none does, for nothing is guessed."""
+    if stated := STATED.findall(reply):
+        return stated[-1]
+    if begun := BEGUN.match(reply):
+        return begun.group(1)
+    alone = set(ALONE.findall(reply))
+    return alone.pop() if len(alone) == 1 else ""
 
 
 # ---------------------------------------------------------------- the task
@@ -216,10 +237,20 @@ class Choice:
         }
 
     def measure(self, who: Subject, kept: Kept) -> list[dict[str, Any]]:
-        """A row a question: its prompt, the log-probability of each letter, the choice and whether it is right."""
-        lang, chat = language(self.asked), chats(self.config.style, who)
+        """A row a question: its prompt, the log-probability of each letter, the choice and whether it is right; of a
+        chat server, which tells no probabilities, what it replied."""
+        lang = language(self.asked)
         todo = [(examples, each) for examples, found in self.asked.values() for each in found]
-        new: list[tuple[dict[str, Any], list[Continuation]]] = []
+        if who.tok is None:
+            self._by_reply([(each, conversation(examples, each, lang)) for examples, each in todo], who, kept)
+        else:
+            self._by_likelihood(todo, who, kept, lang)
+        return [kept.rows[question.id] for _, question in todo]
+
+    def _by_likelihood(
+        self, todo: Sequence[tuple[Sequence[Question], Question]], who: Subject, kept: Kept, lang: str
+    ) -> None:
+        chat, new = chats(self.config.style, who), list[tuple[dict[str, Any], list[Continuation]]]()
         for examples, question in todo:
             shots, asked = continuations(examples, question, who, lang, chat)
             ids = {"prompt": list(asked[0].prompt), "letters": [list(each.answer) for each in asked]}
@@ -229,13 +260,29 @@ class Choice:
         with bar("questions", len(todo) - len(new), len(todo)) as shown:
             for begin in range(0, len(new), AT_ONCE):
                 part = new[begin : begin + AT_ONCE]
-                found = likelihoods(who.model, [each for _, asked in part for each in asked])
+                found = who.likelihoods([each for _, asked in part for each in asked])
                 for number, (begun, _) in enumerate(part):
-                    scores = [each.total for each in found[4 * number : 4 * number + 4]]
+                    scores = found[4 * number : 4 * number + 4]
                     choice = LETTERS[int(np.argmax(scores))]
                     kept.add(begun | {"scores": scores, "choice": choice, "right": choice == begun["answer"]})
                 shown.show(len(todo) - len(new) + begin + len(part), part[-1][0]["id"])
-        return [kept.rows[question.id] for _, question in todo]
+
+    def _by_reply(self, todo: Sequence[tuple[Question, Dialog]], who: Subject, kept: Kept) -> None:
+        texts = [to_openai(dialog)["messages"] for _, dialog in todo]
+        prints = [made_of(text, each.answer, MAX_TOKENS) for text, (each, _) in zip(texts, todo, strict=True)]
+        new = [at for at, (each, _) in enumerate(todo) if not kept.have(each.id, prints[at])]
+        options = Options(Sampling(temperature=0, max_tokens=MAX_TOKENS))
+        with bar("questions", len(todo) - len(new), len(todo)) as shown:
+            told = answers(who, [todo[at][1] for at in new], options)
+            for done, (at, each) in enumerate(zip(new, told, strict=True), start=len(todo) - len(new) + 1):
+                question = todo[at][0]
+                if each.turn is None:
+                    raise ValueError(f"{question.id} was not answered: {each.failed}")
+                choice, answer = letter_in(each.turn.reply), LETTERS[question.answer]
+                begun = {"id": question.id, "made_of": prints[at], "shots": self.config.shots, "messages": texts[at]}
+                said = {"reply": each.turn.reply, "choice": choice, "answer": answer, "right": choice == answer}
+                kept.add(begun | said)
+                shown.show(done, question.id)
 
     def values(self, rows: Sequence[dict[str, Any]]) -> dict[str, Values]:
         """The accuracy of all questions, of each group and of each subject."""
@@ -250,8 +297,12 @@ class Choice:
         return found
 
     def notes(self, rows: Sequence[dict[str, Any]]) -> list[str]:
-        """How many examples did not fit."""
+        """How many examples did not fit, and how many replies named no letter."""
         wanted = self.config.shots
         short = [row["shots"] for row in rows if row["shots"] < wanted]
         few = f"{len(short):,} questions have fewer than {wanted} examples, {np.mean(short or 0):.1f} on average"
-        return [f"{few}: the model reads no more, or the set has none"] if short else []
+        told = [f"{few}: the model reads no more, or the set has none"] if short else []
+        if any("reply" in row for row in rows):
+            odd = sum(not row["choice"] for row in rows)
+            told.append(f"answers are the letters that replies name, not the likeliest; {odd:,} replies name none")
+        return told

@@ -1,8 +1,6 @@
 """Log-probabilities of continuations under a model, with what prompts have in common read once.
 
-    found = likelihoods(model, [Continuation(prompt, answer), …])
-    found[0].total                      # the sum of the log-probabilities of its ids
-    found[0].greedy                     # whether each of them is the likeliest
+    found = likelihoods(model, [Continuation(prompt, answer), …])     # one number each: the sum over the answer's ids
 
 Questions of a benchmark open with the same examples, and the choices of a question follow the same words. The prompts
 are sorted, and cut where neighbours part so that as few tokens as possible are computed; of each group the common
@@ -15,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,18 +35,11 @@ class Continuation:
     answer: Sequence[int]
 
 
-class Likelihood(NamedTuple):
-    """What a model says of a continuation."""
-
-    total: float  # the sum of the natural logarithms of its tokens' probabilities
-    greedy: bool  # whether each of its tokens is the likeliest
-
-
 @torch.inference_mode()
 def likelihoods(
     model: Decoder, asked: Sequence[Continuation], shown: Callable[[int], None] = lambda done: None
-) -> list[Likelihood]:
-    """One for each that is asked, in their order. `shown` hears how many are done.
+) -> list[float]:
+    """The natural logarithm of each answer's probability after its prompt. `shown` hears how many are done.
 
     A prompt that is too long for the model loses its oldest tokens. ValueError where an answer alone is too long, or
     prompt or answer are empty.
@@ -57,7 +47,7 @@ def likelihoods(
     rows: dict[tuple[int, ...], list[int]] = {}  # what the model reads, and whose it is
     for number, each in enumerate(asked):
         rows.setdefault(_read(each, model.config.max_length), []).append(number)
-    found: list[Likelihood | None] = [None] * len(asked)
+    found = [0.0] * len(asked)
     done = 0
     for group in groups(sorted(rows)):
         spans = [[len(row) - len(asked[number].answer) for number in rows[row]] for row in group]
@@ -67,7 +57,7 @@ def likelihoods(
             _score(model, shared, [group[at] for at in batch], asked, rows, found)
             done += sum(len(rows[group[at]]) for at in batch)
             shown(done)
-    return [each for each in found if each is not None]
+    return found
 
 
 def _read(each: Continuation, longest: int) -> tuple[int, ...]:
@@ -177,7 +167,7 @@ def _score(
     batch: Sequence[tuple[int, ...]],
     asked: Sequence[Continuation],
     rows: dict[tuple[int, ...], list[int]],
-    found: list[Likelihood | None],
+    found: list[float],
 ) -> None:
     """Compute rows that begin with `shared`, and write down what is asked of them."""
     device, start = model.embed.weight.device, shared.length
@@ -194,19 +184,13 @@ def _score(
     where = {place: number for number, place in enumerate(places)}
     positions = torch.arange(start, start + width, device=device).expand(len(batch), -1)
     hidden = model.hidden(ids.to(device), positions=positions, cache=shared, places=torch.tensor(places, device=device))
-    logs, best = torch.empty(len(wanted), dtype=torch.float64), torch.empty(len(wanted), dtype=torch.bool)
+    logs = torch.empty(len(wanted), dtype=torch.float64)
     index = torch.tensor([where[place] for _, place, _ in wanted])
     target = torch.tensor([id for _, _, id in wanted])
     step = max(1, LOGITS * 1_000_000 // (4 * model.config.vocab_size))
     for begin in range(0, len(places), step):
         scores = torch.log_softmax(model.logits(hidden[begin : begin + step]).float(), dim=-1).cpu()
         mine = (index >= begin) & (index < begin + step)
-        here = index[mine] - begin
-        logs[mine] = scores[here, target[mine]].double()
-        best[mine] = scores.argmax(dim=-1)[here] == target[mine]
-    sums, greedy = dict[int, float](), dict[int, bool]()
-    for (each, _, _), value, top in zip(wanted, logs.tolist(), best.tolist(), strict=True):
-        sums[each] = sums.get(each, 0.0) + value
-        greedy[each] = greedy.get(each, True) and top
-    for each, value in sums.items():
-        found[each] = Likelihood(value, greedy[each])
+        logs[mine] = scores[index[mine] - begin, target[mine]].double()
+    for (each, _, _), value in zip(wanted, logs.tolist(), strict=True):
+        found[each] += value

@@ -21,7 +21,7 @@ from typing import Any
 from moss.data.rows import documents
 from moss.errors import UsageError
 from moss.evals.base import Evaluation, Kept, Subject, Values, made_of, run
-from moss.evals.likelihood import Continuation, likelihoods
+from moss.evals.likelihood import Continuation
 from moss.extend import writing
 from moss.log import bar, note
 from moss.tokenizer import refuse_surrogates
@@ -155,7 +155,7 @@ class Prediction:
         return {"length": self._length(who), "piece": PIECE}
 
     def _length(self, who: Subject) -> int:
-        longest = who.model.config.max_length
+        longest = who.longest
         if self.config.length > longest:
             raise UsageError(f"--length {self.config.length} is more than the {longest} tokens that {who.name} reads")
         return self.config.length or longest
@@ -173,9 +173,9 @@ class Prediction:
         with bar("pieces", done, len(self.asked)) as shown:
             for begin in range(0, len(new), AT_ONCE):
                 part = new[begin : begin + AT_ONCE]
-                found = iter(likelihoods(who.model, [each for _, windows in part for each in windows]))
+                found = iter(who.likelihoods([each for _, windows in part for each in windows]))
                 for begun, windows in part:
-                    kept.add(begun | {"bits": -sum(next(found).total for _ in windows) / math.log(2)})
+                    kept.add(begun | {"bits": -sum(next(found) for _ in windows) / math.log(2)})
                 shown.show(done + begin + len(part), part[-1][0]["group"])
         return [kept.rows[piece.id] for piece in self.asked]
 
@@ -185,12 +185,12 @@ class Prediction:
         half = self._length(who) // 2
         before: list[int] = []
         for text in reversed(piece.before):
-            before = who.tok.encode(text) + before
+            before = who.tokens.encode(text) + before
             if len(before) >= half:
                 break
         else:
-            before = [who.tok.eos, *before]
-        ids = who.tok.encode(piece.text)
+            before = [who.tokens.eos, *before]
+        ids = who.tokens.encode(piece.text)
         whole = before + ids
         starts = range(len(before), len(whole), half)
         return [Continuation(whole[max(0, at - half) : at], whole[at : at + half]) for at in starts]

@@ -23,7 +23,7 @@ import numpy as np
 from moss.chat import Turn
 from moss.errors import UsageError
 from moss.evals.base import Evaluation, Kept, Style, Subject, Values, chats, made_of, run, silent
-from moss.evals.likelihood import Continuation, after_dialog, after_text, likelihoods
+from moss.evals.likelihood import Continuation, after_dialog, after_text
 from moss.log import bar
 
 PUBLISHED = "TruthfulQA.csv is at github.com/sylinrl/TruthfulQA"
@@ -102,10 +102,10 @@ def continuations(question: Question, who: Subject, chat: bool) -> list[Continua
     primer = PRIMER.read_text(encoding="utf-8").strip()
     if not chat:
         text = f"{primer}\n\nQ: {question.text}\nA:"
-        return after_text(text, [f" {answer}" for answer in question.answers], who.tok)
+        return after_text(text, [f" {answer}" for answer in question.answers], who.tokens)
     shown = [pair.removeprefix("Q: ").split("\nA: ") for pair in primer.split("\n\n")]
     turns = [Turn(asked, reply=answer) for asked, answer in shown]
-    return after_dialog(silent([*turns, Turn(question.text)]), question.answers, who.tok)
+    return after_dialog(silent([*turns, Turn(question.text)]), question.answers, who.tokens)
 
 
 # ---------------------------------------------------------------- the task
@@ -133,7 +133,7 @@ class Truthful:
             ids = {"prompt": list(asked[0].prompt), "answers": [list(each.answer) for each in asked]}
             begun = {"id": str(question.number), "made_of": made_of(ids, question.best, question.true)} | ids
             longest = max(len(each.prompt) + len(each.answer) for each in asked)
-            begun |= {"cut": longest > who.model.config.max_length + 1}  # the last id is told, and not read
+            begun |= {"cut": longest > who.longest + 1}  # the last id is told, and not read
             if not kept.have(begun["id"], begun["made_of"]):
                 new.append(
                     (
@@ -146,9 +146,9 @@ class Truthful:
         with bar("questions", done, len(self.asked)) as shown:
             for begin in range(0, len(new), AT_ONCE):
                 part = new[begin : begin + AT_ONCE]
-                found = iter(likelihoods(who.model, [each for *_, asked in part for each in asked]))
+                found = iter(who.likelihoods([each for *_, asked in part for each in asked]))
                 for question, begun, asked in part:
-                    kept.add(begun | judged(question, [next(found).total for _ in asked]))
+                    kept.add(begun | judged(question, [next(found) for _ in asked]))
                 shown.show(done + begin + len(part), part[-1][0].category)
         return [kept.rows[str(question.number)] for question in self.asked]
 

@@ -48,19 +48,19 @@ class ChatServer(Server):
 
 
 def connect(
-    model: str, tokenizer: str | Path | None = None
+    model: str, tokenizer: str | Path | None = None, *, chat: bool = True
 ) -> tuple[RemoteEngine, Tokenizer] | tuple[ChatServer, None]:
     """The model at `http://host:port/v1#name` (the name may be missing where there is one model).
 
     With a tokenizer (a folder or a file) the server is asked to complete ids, without one to chat. ValueError where
-    nothing answers, the model is not named, or the tokenizer is none of a MOSS chat model.
+    nothing answers, the model is not named, or a tokenizer with which it is to `chat` is none of a MOSS chat model.
     """
     url, _, name = model.partition("#")
     try:
         if tokenizer is None:
             return ChatServer(url, name or None), None
         tok = load_tokenizer(tokenizer)
-        if not tok.has_markers:
+        if chat and not tok.has_markers:
             raise ValueError(f"{tok.origin} knows none of the chat markers; leave it out to talk to a chat server")
         return RemoteEngine(url, name or None, vocab_size=tok.vocab_size), tok
     except EngineError as error:
