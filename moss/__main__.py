@@ -41,6 +41,7 @@ VERBS = {
     "eval mmlu": "moss.evals.choice:MMLU",
     "eval truthfulqa": "moss.evals.truthful:TruthfulQA",
     "eval perplexity": "moss.evals.perplexity:Perplexity",
+    "eval toxicity": "moss.evals.toxicity:Toxicity",
     "eval tools": "moss.evals.tool_use:EvalTools",
     "bench": "moss.evals.bench:Bench",
 }

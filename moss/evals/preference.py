@@ -28,6 +28,7 @@ from moss.data import preferences
 from moss.data.pairs import Preference
 from moss.data.preferences import SLOTS, Split
 from moss.engine import Engine, Sampling
+from moss.evals.answering import seeds_of
 from moss.evals.stats import mean
 from moss.model import Decoder
 from moss.resolve import load, quality
@@ -82,16 +83,11 @@ def reply_all(
             engine.submit(
                 ids, Sampling(temperature=temperature, max_tokens=MAX_TOKENS, stop_ids=tok.control_ids, seed=draw)
             )
-            for ids, draw in zip(prompts, seeds(seed, len(prompts)), strict=True)
+            for ids, draw in zip(prompts, seeds_of(seed, len(prompts)), strict=True)
         ]
         told = [[token.id for token in stream] for stream in streams]
     known = [[id for id in ids if id < tok.vocab_size and id not in tok.control_ids] for ids in told]
     return [parse(ids, tok, section="reply").reply for ids in known]
-
-
-def seeds(seed: int, count: int) -> list[int]:
-    """A seed for each item, from (seed, item) alone."""
-    return [int(np.random.SeedSequence([seed, item]).generate_state(1, np.uint64)[0]) for item in range(count)]
 
 
 def levels(asked: Sequence[Preference], replies: Sequence[str]) -> np.ndarray:
