@@ -42,6 +42,7 @@ VERBS = {
     "eval truthfulqa": "moss.evals.truthful:TruthfulQA",
     "eval perplexity": "moss.evals.perplexity:Perplexity",
     "eval toxicity": "moss.evals.toxicity:Toxicity",
+    "eval judge": "moss.evals.judge:Judge",
     "eval tools": "moss.evals.tool_use:EvalTools",
     "bench": "moss.evals.bench:Bench",
 }

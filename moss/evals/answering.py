@@ -45,7 +45,7 @@ def answers(
     `seeds` each draws by its own."""
 
     def one(at: int, engine: Any) -> Told:
-        mine = options if seeds is None else replace(options, seed=seeds[at])
+        mine = replace(options, seed=seeds[at] if seeds else options.seed, quality=options.quality or who.quality)
         for event in answer(dialogs[at], engine, who.tok, tools or {}, mine):
             if isinstance(event, Error):
                 return Told(None, event.text)

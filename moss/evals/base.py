@@ -34,12 +34,12 @@ from moss.checkpoint import lock
 from moss.engine.remote import RemoteEngine
 from moss.errors import UsageError
 from moss.evals.likelihood import Continuation, likelihoods
-from moss.evals.stats import difference, mean
+from moss.evals.stats import Figure, difference, mean
 from moss.files import replacing
 from moss.log import note
 from moss.model import Decoder
 from moss.peft import tokenizer_of, weights_sha256
-from moss.resolve import Device, Dtype, dtype_of, load, locate, on_server
+from moss.resolve import Device, Dtype, dtype_of, load, locate, on_server, quality
 from moss.tokenizer import Tokenizer
 from moss.tools.chat_server import ChatServer, connect
 
@@ -75,6 +75,7 @@ class Subject:
     tok: Tokenizer | None  # None of a chat server
     model: Decoder | None = None
     server: RemoteEngine | ChatServer | None = None
+    quality: int | None = None  # the tag that opens its replies
 
     @property
     def chats(self) -> bool:
@@ -131,7 +132,7 @@ def subject(model: str | None, config: Evaluation) -> Iterator[Subject]:
     decoder, tok = load(model, chat=False, dtype=config.dtype, device=config.device)
     kind = f"{dtype_of(decoder)} {decoder.embed.weight.device.type}"
     told = "".join((weights_sha256(where), tokenizer_of(where).sha256, kind))
-    yield Subject(named(model), hashlib.sha256(told.encode()).hexdigest(), tok, decoder)
+    yield Subject(named(model), hashlib.sha256(told.encode()).hexdigest(), tok, decoder, quality=quality(model))
 
 
 def named(folder: str | None) -> str:
@@ -241,52 +242,78 @@ def run(config: Evaluation, task: Task) -> int:
     models = [config.model] if config.against is None else [config.model, config.against]
     if config.tokenizer is not None and not any(model and on_server(model) for model in models):
         raise UsageError("--tokenizer is for a model on a server; a folder has its own")
-    results, measured_values = [], []
+    results, found = list[dict[str, Any]](), list[dict[str, Values]]()
     for model in models:
         with subject(model, config) as who, measured(config, task.name, who, task.template(who)) as kept:
             rows = task.measure(who, kept)
-            values = task.values(rows)
-            told = {
-                "task": task.name,
-                "model": who.name,
-                "settings": dict(task.template(who)),
-                "figures": {name: mean(*each)._asdict() for name, each in values.items()},
-                "notes": task.notes(rows),
-                "rows": str(kept.folder / "rows.jsonl"),
-            }
-            with replacing(kept.folder / "result.json") as beside:
-                beside.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        results.append(told)
-        measured_values.append(values)
+            found.append(task.values(rows))
+            figures = {name: mean(*each) for name, each in found[-1].items()}
+            results.append(result(kept, task.name, who.name, task.template(who), figures, task.notes(rows)))
     apart: dict[str, Any] = {}
     if len(results) == 2:
-        ours, theirs = measured_values
+        ours, theirs = found
         apart = {name: difference(ours[name][0], theirs[name][0], ours[name][1])._asdict() for name in ours}
-    if config.json:
-        print(json.dumps(results[0] if not apart else {"models": results, "difference": apart}, ensure_ascii=False))
-    else:
-        show(task.name, results, apart)
+    show(config, results, apart)
     return 0
 
 
-def show(title: str, results: Sequence[Mapping[str, Any]], apart: Mapping[str, Any]) -> None:
-    """A table of the figures, a column a model, and what there is to know of them."""
+def report(
+    config: Evaluation,
+    kept: Kept,
+    task: str,
+    name: str,
+    settings: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    notes: Sequence[str],
+) -> int:
+    """Write and show the result of a task that is no `Task`."""
+    show(config, [result(kept, task, name, settings, figures, notes)], {})
+    return 0
+
+
+def result(
+    kept: Kept,
+    task: str,
+    name: str,
+    settings: Mapping[str, Any],
+    figures: Mapping[str, Figure],
+    notes: Sequence[str],
+) -> dict[str, Any]:
+    """What stands in result.json beside the rows."""
+    told = {
+        "task": task,
+        "model": name,
+        "settings": dict(settings),
+        "figures": {name: figure._asdict() for name, figure in figures.items()},
+        "notes": list(notes),
+        "rows": str(kept.folder / "rows.jsonl"),
+    }
+    with replacing(kept.folder / "result.json") as beside:
+        beside.write_text(json.dumps(told, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    return told
+
+
+def show(config: Evaluation, results: Sequence[Mapping[str, Any]], apart: Mapping[str, Any]) -> None:
+    """A table of the figures, a column a model, and what there is to know of them; or all as JSON."""
+    if config.json:
+        print(json.dumps(results[0] if not apart else {"models": results, "difference": apart}, ensure_ascii=False))
+        return
     screen = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH)
-    table = Table(title=f"{title}, with 95 % intervals", title_justify="left", header_style="bold")
+    table = Table(title=f"{results[0]['task']}, with 95 % intervals", title_justify="left", header_style="bold")
     table.add_column("")
-    for result in results:
-        table.add_column(result["model"], justify="right")
+    for each in results:
+        table.add_column(each["model"], justify="right")
     if apart:
         table.add_column("difference", justify="right")
     table.add_column("items", justify="right")
     for name, figure in results[0]["figures"].items():
-        cells = [cell(result["figures"][name]) for result in results] + ([cell(apart[name])] if apart else [])
+        cells = [cell(each["figures"][name]) for each in results] + ([cell(apart[name])] if apart else [])
         table.add_row(name, *cells, f"{figure['n']:,}")
     screen.print(table)
-    for result in results:
-        for line in result["notes"]:
-            note(f"{result['model']}: {line}")
-        note(f"rows: {result['rows']}")
+    for each in results:
+        for line in each["notes"]:
+            note(f"{each['model']}: {line}")
+        note(f"rows: {each['rows']}")
 
 
 def cell(figure: Mapping[str, float]) -> str:

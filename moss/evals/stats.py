@@ -66,3 +66,34 @@ def _draws(n: int) -> Iterator[np.ndarray]:
     rng, rows = np.random.default_rng(0), max(1, AT_ONCE // n)
     for begin in range(0, DRAWS, rows):
         yield rng.multinomial(n, np.full(n, 1 / n), size=min(rows, DRAWS - begin)).astype(np.float64)
+
+
+def length_controlled(scores: Sequence[float] | np.ndarray, longer: Sequence[float] | np.ndarray) -> Figure:
+    """The win rate as it would be between replies of one length.
+
+    scores (N,): 1 for a win, 0.5 for a tie, 0 for a loss; longer (N,): by how many characters the first model's reply
+    is longer. A logistic regression on the tanh of the standardised difference, as in AlpacaEval (arXiv 2404.04475,
+    equation 2, without a term for the prompt): the rate where that is 0. Both weights are held back a little (a normal
+    prior of standard deviation 10), so that a judge who always prefers one model gives a number too.
+    """
+    won, apart = np.asarray(scores, dtype=np.float64), np.asarray(longer, dtype=np.float64)
+    if not len(won):
+        raise ValueError("there is no rate of nothing: no pair was judged")
+    spread = apart.std()
+    shape = np.stack([np.ones_like(won), np.tanh(apart / spread) if spread else np.zeros_like(won)])  # (2, N)
+    value = _fit(shape, won, np.ones((1, len(won))))
+    return _figure(float(value[0]), [_fit(shape, won, counts) for counts in _draws(len(won))], len(won))
+
+
+def _fit(shape: np.ndarray, won: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Newton's method for each row of counts (D, N) at once: the share of wins at length difference 0, (D,)."""
+    weights = np.zeros((len(counts), 2))
+    for _ in range(25):
+        share = 1 / (1 + np.exp(-np.clip(weights @ shape, -30, 30)))  # (D, N)
+        slope = (counts * (won - share)) @ shape.T - 0.01 * weights
+        bend = np.einsum("dn,in,jn->dij", counts * share * (1 - share), shape, shape) + 0.01 * np.eye(2)
+        step = np.linalg.solve(bend, slope[:, :, None])[:, :, 0]
+        weights += np.clip(step, -2, 2)
+        if np.abs(step).max() < 1e-9:
+            break
+    return 1 / (1 + np.exp(-weights[:, 0]))

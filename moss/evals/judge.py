@@ -1,0 +1,259 @@
+"""`moss eval judge`: which of two models answers better, by a judge who sees both answers in both orders.
+
+    moss eval judge --model runs/pat --against runs/sft                                   # the scripted truth judges
+    moss eval judge --model runs/sft --against runs/old --data prompts.jsonl --judge http://gpu1:8000/v1#big
+
+Both models answer each prompt at temperature 0 (`--temperature`), without tools. A judge at an endpoint reads a prompt
+and its answers twice, once in either order, and ends with [[A]], [[B]] or [[C]] for a tie, as in MT-Bench (arXiv
+2306.05685). A win in one order and a loss in the other is a contradiction and counts as a tie. A judgment without a
+verdict is asked for once more; if there is none then, it counts for nothing and is told. All that the judge wrote
+stays in the rows.
+
+Where no endpoint is given, the scripted truth judges: the prompts are then held-out ones of `moss data curriculum
+--kind preferences`, whose right answers a program knows. It has no order and no taste for length.
+
+The length-controlled rate is the win rate between replies of one length (`stats.length_controlled`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moss.chat import META_INSTRUCTION, Dialog, Turn
+from moss.data import dialogs, preferences
+from moss.data.messages import to_openai
+from moss.engine import Sampling
+from moss.errors import UsageError
+from moss.evals import preference
+from moss.evals.answering import answers, seeds_of
+from moss.evals.base import Evaluation, Kept, Subject, made_of, measured, report, silent, subject
+from moss.evals.stats import Figure, length_controlled, mean
+from moss.log import bar, note
+from moss.tools.run import Options
+
+VERDICT = re.compile(r"\[\[([ABC])\]\]")
+TRIES = 2  # of a judgment without a verdict
+AT_ONCE = 32  # prompts that are answered or judged, and whose rows are kept, at a time
+ASK = """Below are a conversation and two answers to its last message. Which answer is better? Judge by whether it is
+right, helpful, honest and harmless and does what was asked for, in the language in which it was asked. Neither length
+nor the order in which the answers stand is a merit. First explain in a few sentences, then end with exactly one of
+[[A]], [[B]] or [[C]], where C means that both are equally good.
+
+<conversation>
+{conversation}
+</conversation>
+
+<answer A>
+{a}
+</answer A>
+
+<answer B>
+{b}
+</answer B>"""
+
+
+@dataclass(frozen=True)
+class Judge(Evaluation):
+    """Measure which of two models answers better: wins, ties and losses, in both orders, for equal lengths too."""
+
+    data: Path | None = (
+        None  # prompts: JSON lines with prompt or user_prompt, or conversations whose last turn is asked
+    )
+    judge: str = "scripted"  # http://host:port/v1#name of a chat model; scripted: the truth of the scripted prompts
+    n: int = 200  # scripted prompts, where no --data is given
+    seed: int = 0  # which of these are drawn, and what is drawn in answers
+    max_tokens: int = 512  # of an answer
+    judge_tokens: int = 1024  # of a judgment, thoughts included
+    temperature: float = 0.0  # of the models; the judge's is 0
+
+
+def main(config: Judge) -> int:
+    """Answer, judge, show."""
+    if config.against is None:
+        raise UsageError("--against is missing: a judge compares two models")
+    if config.judge == "scripted" and config.data is not None:
+        raise UsageError("the scripted truth knows only its own prompts; leave --data out, or give --judge an endpoint")
+    if config.judge != "scripted" and "://" not in config.judge:
+        raise UsageError(f"--judge is {config.judge!r}; give http://host:port/v1#name, or scripted")
+    if config.judge != "scripted" and config.data is None:
+        raise UsageError("--data is missing: give prompts, or leave --judge out for scripted ones")
+    asked = read(config.data) if config.data else [each.history for each in preference.questions(config.n, config.seed)]
+    asked = asked[: config.limit or None]
+    told = []
+    for model in (config.model, config.against):
+        with subject(model, config) as who:
+            told.append((who, replied(config, who, asked)))
+    (ours, mine), (theirs, others) = told
+    pair = Subject(f"{ours.name}-over-{theirs.name}", made_of(ours.print, theirs.print), None)
+    with measured(config, "judge", pair, {"judge": config.judge, "ask": ASK, "tokens": config.judge_tokens}) as kept:
+        if config.judge == "scripted":
+            by_truth(asked, mine, others, kept)
+        else:
+            with subject(config.judge, replace(config, tokenizer=None)) as judge:
+                by_model(config, judge, asked, mine, others, kept)
+        rows = [kept.rows[str(number)] for number in range(len(asked))]
+        return report(config, kept, "judge", pair.name, {"judge": config.judge}, figures(rows), notes(rows))
+
+
+def read(file: Path) -> list[Dialog]:
+    """The conversations whose last turn is to be answered; ValueError names the line that is none."""
+    if not file.is_file():
+        raise ValueError(f"there is no file {file}")
+    found: list[Dialog] = []
+    for place, row in dialogs.read_rows(file):
+        text = row.get("prompt", row.get("user_prompt")) if isinstance(row, dict) else None
+        try:
+            dialog = silent([Turn(text)]) if isinstance(text, str) and text.strip() else dialogs.from_row(row)
+        except ValueError as error:
+            raise ValueError(f"{place}: a row needs prompt or user_prompt, or is a conversation: {error}") from None
+        turns = [*dialog.turns[:-1], Turn(dialog.turns[-1].human)]
+        found.append(replace(silent(turns), meta=dialog.meta or META_INSTRUCTION))
+    if not found:
+        raise ValueError(f"{file} is empty: it holds no prompt")
+    return found
+
+
+# ---------------------------------------------------------------- answers
+
+
+def replied(config: Judge, who: Subject, asked: Sequence[Dialog]) -> list[str]:
+    """The model's reply to each prompt; those of earlier runs are not asked for again. A prompt that was not answered
+    has an empty reply, and a line says so."""
+    settings = {"max_tokens": config.max_tokens, "temperature": config.temperature, "seed": config.seed}
+    texts = [to_openai(dialog)["messages"] for dialog in asked]
+    prints = [made_of(text, number) for number, text in enumerate(texts)]
+    with measured(config, "replies", who, settings) as kept:
+        new = [at for at in range(len(asked)) if not kept.have(prints[at], prints[at])]
+        sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
+        draws = seeds_of(config.seed, len(asked))
+        failed = list[str]()
+        with bar(f"answers of {who.name}", len(asked) - len(new), len(asked)) as shown:
+            told = answers(who, [asked[at] for at in new], Options(sampling), seeds=[draws[at] for at in new])
+            for done, (at, each) in enumerate(zip(new, told, strict=True), start=len(asked) - len(new) + 1):
+                reply = each.turn.reply if each.turn else ""
+                row = {"id": prints[at], "made_of": prints[at], "prompt": texts[at], "reply": reply}
+                if each.turn:
+                    kept.add(row)
+                else:  # for this once: the next run asks again
+                    failed.append(each.failed)
+                    kept.rows[prints[at]] = row
+                shown.show(done, "")
+        if failed:
+            note(f"{who.name}: {len(failed):,} of {len(asked):,} prompts have no answer, the first: {failed[0]}")
+        return [kept.rows[each]["reply"] for each in prints]
+
+
+# ---------------------------------------------------------------- judgments
+
+
+def by_truth(asked: Sequence[Dialog], mine: Sequence[str], others: Sequence[str], kept: Kept) -> None:
+    """Rows by the scripted truth: the reply with more of the right things is better."""
+    for number, (dialog, a, b) in enumerate(zip(asked, mine, others, strict=True)):
+        row = row_of(number, dialog, a, b, "")
+        if kept.have(row["id"], row["made_of"]):
+            continue
+        levels = [preferences.truth(dialog, reply) for reply in (a, b)]
+        score = 0.5 + np.sign(levels[0] - levels[1]) / 2
+        kept.add(row | {"levels": levels, "score": float(score)})
+
+
+def by_model(
+    config: Judge, judge: Subject, asked: Sequence[Dialog], mine: Sequence[str], others: Sequence[str], kept: Kept
+) -> None:
+    """Rows by a model: two judgments a prompt, the first with our model's answer as A."""
+    begun = [
+        row_of(number, dialog, a, b, judge.print)
+        for number, (dialog, a, b) in enumerate(zip(asked, mine, others, strict=True))
+    ]
+    new = [row for row in begun if not kept.have(row["id"], row["made_of"])]
+    with bar("judgments", len(begun) - len(new), len(begun)) as shown:
+        for first in range(0, len(new), AT_ONCE):
+            part = new[first : first + AT_ONCE]
+            pairs = [(row, order) for row in part for order in ("ab", "ba")]
+            said: dict[int, dict[str, Any]] = {}
+            for _ in range(TRIES):
+                todo = [at for at in range(len(pairs)) if not said.get(at, {}).get("verdict")]
+                told = judgments(config, judge, [pairs[at] for at in todo], asked)
+                said |= dict(zip(todo, told, strict=True))
+            for number, row in enumerate(part):
+                both = [said[2 * number], said[2 * number + 1]]
+                kept.add(row | {"judgments": both, "score": score_of(both)})
+            shown.show(len(begun) - len(new) + first + len(part), "")
+
+
+def judgments(
+    config: Judge, judge: Subject, pairs: Sequence[tuple[dict[str, Any], str]], asked: Sequence[Dialog]
+) -> Iterator[dict[str, Any]]:
+    """What the judge writes about answers in an order, and its verdict: A, B, C, or "" where it gives none."""
+    prompts = []
+    for row, order in pairs:
+        a, b = row["replies"] if order == "ab" else row["replies"][::-1]
+        prompts.append(silent([Turn(ASK.format(conversation=as_text(asked[int(row["id"])]), a=a, b=b))]))
+    options = Options(Sampling(temperature=0, max_tokens=config.judge_tokens))
+    for (_, order), each in zip(pairs, answers(judge, prompts, options), strict=True):
+        text = each.turn.reply if each.turn else f"(no answer: {each.failed})"
+        found = VERDICT.findall(text) if each.turn else []
+        yield {"order": order, "text": text, "verdict": found[-1] if found else ""}
+
+
+def as_text(dialog: Dialog) -> str:
+    """A conversation as the judge reads it; the last message is the one that is answered."""
+    said = [(name, text) for turn in dialog.turns for name, text in (("User", turn.human), ("Assistant", turn.reply))]
+    return "\n\n".join(f"{name}: {text}" for name, text in said[:-1])
+
+
+def row_of(number: int, dialog: Dialog, a: str, b: str, judge: str) -> dict[str, Any]:
+    """The beginning of a row."""
+    text = as_text(dialog)
+    return {"id": str(number), "made_of": made_of(text, a, b, judge), "prompt": text, "replies": [a, b]}
+
+
+def score_of(judgments: Sequence[dict[str, Any]]) -> float | None:
+    """The mean of what both orders say of our model, 1 won, 0.5 tied, 0 lost; None where neither has a verdict."""
+    found = [value for each in judgments if (value := value_of(each)) is not None]
+    return sum(found) / len(found) if found else None
+
+
+def value_of(judgment: dict[str, Any]) -> float | None:
+    """What one judgment says of our model."""
+    if not judgment["verdict"]:
+        return None
+    if judgment["verdict"] == "C":
+        return 0.5
+    return float((judgment["verdict"] == "A") == (judgment["order"] == "ab"))
+
+
+# ---------------------------------------------------------------- figures
+
+
+def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
+    """Win rate (a tie is half), for equal lengths too; wins, ties, losses; of a model as judge its biases."""
+    fair = [row for row in rows if row["score"] is not None]
+    if not fair:
+        raise ValueError("the judge gave no verdict at all; its judgments stand in the rows")
+    scores = np.array([row["score"] for row in fair])
+    longer = np.array([len(row["replies"][0]) - len(row["replies"][1]) for row in fair], dtype=np.float64)
+    found = {"win rate": mean(scores), "win rate at equal length": length_controlled(scores, longer)}
+    for name, mine in (("won", scores > 0.5), ("tied", scores == 0.5), ("lost", scores < 0.5)):
+        found[f"  {name}"] = mean(mine)
+    pairs = [[value_of(each) for each in row["judgments"]] for row in fair if "judgments" in row]
+    firsts = [
+        each["verdict"] == "A" for row in fair for each in row.get("judgments", ()) if each["verdict"] in ("A", "B")
+    ]
+    if pairs:
+        found["judged for the answer that stands first"] = mean(firsts or [0.5])
+        found["contradicted in the other order"] = mean([{*each} == {0.0, 1.0} for each in pairs])
+    return found
+
+
+def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How many judgments say nothing."""
+    said = [each for row in rows for each in row.get("judgments", ())]
+    silent_ = sum(not each["verdict"] for each in said)
+    return [f"{silent_:,} of {len(said):,} judgments have no verdict and count for nothing"] if silent_ else []
