@@ -43,6 +43,7 @@ VERBS = {
     "eval perplexity": "moss.evals.perplexity:Perplexity",
     "eval toxicity": "moss.evals.toxicity:Toxicity",
     "eval judge": "moss.evals.judge:Judge",
+    "eval gsm8k": "moss.evals.gsm8k:GSM8K",
     "eval tools": "moss.evals.tool_use:EvalTools",
     "bench": "moss.evals.bench:Bench",
 }

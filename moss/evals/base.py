@@ -154,9 +154,12 @@ class Kept:
     rows: dict[str, dict[str, Any]]
     file: TextIO = field(repr=False)
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Keep a row; it is in the file when this returns."""
+    def add(self, row: dict[str, Any], lasting: bool = True) -> None:
+        """Keep a row; it is in the file when this returns, but where it stands for an answer that did not come: then it
+        counts now, and the next run asks again."""
         self.rows[row["id"]] = row
+        if not lasting:
+            return
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
 

@@ -138,11 +138,8 @@ def replied(config: Judge, who: Subject, asked: Sequence[Dialog]) -> list[str]:
             for done, (at, each) in enumerate(zip(new, told, strict=True), start=len(asked) - len(new) + 1):
                 reply = each.turn.reply if each.turn else ""
                 row = {"id": prints[at], "made_of": prints[at], "prompt": texts[at], "reply": reply}
-                if each.turn:
-                    kept.add(row)
-                else:  # for this once: the next run asks again
-                    failed.append(each.failed)
-                    kept.rows[prints[at]] = row
+                kept.add(row, lasting=each.turn is not None)
+                failed += [each.failed] if each.failed else []
                 shown.show(done, "")
         if failed:
             note(f"{who.name}: {len(failed):,} of {len(asked):,} prompts have no answer, the first: {failed[0]}")
