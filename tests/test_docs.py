@@ -73,7 +73,7 @@ def test_commands_in_the_documents_exist(page: Path):
         verb: {name for flag in flags(find(target)[0]) for name in flag.split("/")} for verb, target in VERBS.items()
     }
     for line in code.splitlines():
-        for match in re.finditer(r"(?:^|[`|;&(] ?)moss ([a-z]+)(?: ([a-z]+))?([^|;&`]*)", line):
+        for match in re.finditer(r"(?:^|[`|;&(] ?)moss ([a-z]+)(?: ([a-z][a-z0-9]*))?([^|;&`]*)", line):
             first, second, rest = match.groups()
             verb = f"{first} {second}" if f"{first} {second}" in known else first
             assert verb in known, f"{page.name}: moss {first} {second or ''}"
