@@ -151,9 +151,11 @@ def _add(parser: ArgumentParser, field: dataclasses.Field[Any], hint: Any, doc: 
     default = field.default_factory() if callable(field.default_factory) else field.default
     required = default is dataclasses.MISSING
     doc = doc.replace("%", "%%")
+    several = get_origin(hint) is list
     if required or field.metadata.get("positional"):
-        nargs = {} if required else {"nargs": "?", "default": default}
-        parser.add_argument(field.name, type=_plain(hint), help=doc + _choices(hint), **nargs)
+        nargs: dict[str, Any] = {} if required else {"nargs": "*" if several else "?", "default": default}
+        kind = get_args(hint)[0] if several else _plain(hint)
+        parser.add_argument(field.name, type=kind, help=doc + _choices(hint), **nargs)
         return
     name = field.name.replace("_", "-")
     short = [field.metadata["short"]] if field.metadata.get("short") else []
@@ -162,7 +164,7 @@ def _add(parser: ArgumentParser, field: dataclasses.Field[Any], hint: Any, doc: 
         parser.add_argument(*short, flag, dest=field.name, action=action, default=default, help=doc)
         return
     shown = "" if default is None or default in ("", []) else f" (default: {_shown(default)})"
-    many: dict[str, Any] = {"nargs": "*"} if get_origin(hint) is list else {}
+    many: dict[str, Any] = {"nargs": "*"} if several else {}
     kind = get_args(hint)[0] if many else _plain(hint)
     parser.add_argument(
         *short, f"--{name}", type=kind, default=default, metavar=_metavar(field.name, hint), help=doc + shown, **many
