@@ -46,6 +46,7 @@ VERBS = {
     "eval gsm8k": "moss.evals.gsm8k:GSM8K",
     "eval compare": "moss.evals.compare:Compare",
     "eval tools": "moss.evals.tool_use:EvalTools",
+    "doctor": "moss.evals.doctor:Doctor",
     "bench": "moss.evals.bench:Bench",
 }
 

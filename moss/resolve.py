@@ -97,11 +97,11 @@ def choose(config: ModelConfig, dtype: Dtype = "auto", device: Device = "auto") 
     places = [device] if device != "auto" else ["cuda", "cpu"] if gpu and not small else ["cpu"]
     tried = [(width, place) for place in places for width in ([dtype] if dtype != "auto" else _widths(place, small))]
     for width, place in tried:
-        if num_bytes(config, width) <= FILL * _free_memory(place):
+        if num_bytes(config, width) <= FILL * free_memory(place):
             return width, place
     width, place = tried[-1]
     if dtype == "auto":
-        needed, free = num_bytes(config, width) / 1e9, _free_memory(place) / 1e9
+        needed, free = num_bytes(config, width) / 1e9, free_memory(place) / 1e9
         raise ValueError(
             f"the weights take {needed:.1f} GB as {width}, and {free:.1f} GB of memory are free on the {place}; "
             f"close other programs, or name the dtype to try all the same"
@@ -130,15 +130,20 @@ def num_bytes(config: ModelConfig, dtype: str) -> float:
     return linear * BYTES[dtype] + table * BYTES["bfloat16"]
 
 
-def _free_memory(place: str) -> float:
-    """Bytes that are free on a device; infinite where the system does not tell."""
-    if place == "cuda":
-        return torch.cuda.mem_get_info()[0]
+def free_memory(device: str) -> float:
+    """Bytes that a process could take now: of the device, or of the machine and of the control group it runs in;
+    infinite where the system does not tell."""
+    if device.startswith("cuda"):
+        return float(torch.cuda.mem_get_info(device)[0])
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        told = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
         return math.inf
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), math.inf)
+    free = next((int(line.split()[1]) * 1024.0 for line in told if line.startswith("MemAvailable")), math.inf)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip().isdecimal():
+        free = min(free, float(limit.read_text()) - float(used.read_text()))
+    return free
 
 
 def dtype_of(model: Decoder) -> str:

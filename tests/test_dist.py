@@ -25,7 +25,7 @@ from moss.log import read
 from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer
 from moss.tokenizer import Tokenizer
-from moss.train import launch, loop, plan, pretrain
+from moss.train import launch, loop, pretrain
 from moss.train.loss import next_token
 from moss.weights import load_model
 from tests.ranks import free_port, on_ranks
@@ -265,7 +265,7 @@ def test_one_rank_that_is_told_to_end_ends_all(made: Path, tmp_path: Path) -> No
 
 def short(out: Path, folder: Path) -> int:
     """A run of two ranks, one of which has memory for all its rows at a time and one for a single row."""
-    plan.free_memory = lambda device: 1e12 if dist.rank() == 0 else 1e4
+    launch.free_memory = lambda device: 1e12 if dist.rank() == 0 else 1e4
     return pretrain.main(base_config(folder, out=out, steps=2))
 
 

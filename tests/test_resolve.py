@@ -140,6 +140,13 @@ def test_a_model_without_chat_markers_is_refused(folder: Path):
 # ------------------------------------------------------------------------------------------------------ dtype, device
 
 
+def test_free_memory_is_that_of_the_machine() -> None:
+    """Prevents a pick from kilobytes taken for bytes."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    total = next(int(line.split()[1]) for line in lines if line.startswith("MemTotal")) * 1024
+    assert 50e6 < resolve.free_memory("cpu") <= total
+
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch):
     """An imagined machine: GB free in the memory of CPU and GPU (None: there is none), and what its CPU can do."""
@@ -149,7 +156,7 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu is not None)
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu_bf16)
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
-        monkeypatch.setattr(resolve, "_free_memory", free.__getitem__)
+        monkeypatch.setattr(resolve, "free_memory", free.__getitem__)
 
     return imagine
 

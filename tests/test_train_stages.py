@@ -398,7 +398,7 @@ def test_no_memory_to_load_is_one_line(made: Path, tmp_path: Path, monkeypatch: 
     def full(*_: Any, **__: Any) -> None:
         raise MemoryError("Cannot allocate memory (os error 12)")
 
-    monkeypatch.setattr(planning, "free_memory", lambda device: 1e6)
+    monkeypatch.setattr(launch, "free_memory", lambda device: 1e6)
     monkeypatch.setattr(launch, "load_model", full)
     monkeypatch.setattr(Decoder, "init_weights", full)
     for stage, words in {
@@ -428,7 +428,7 @@ def test_what_does_not_fit_is_told_before_it_runs(
     again: list[Any] = []
     recompute = dist.recompute
     monkeypatch.setattr(dist, "recompute", lambda net: [again.append(net), recompute(net)])
-    monkeypatch.setattr(planning, "free_memory", lambda device: 1e4)
+    monkeypatch.setattr(launch, "free_memory", lambda device: 1e4)
     assert sft.main(dataclasses.replace(config, plan=True)) == 0
     assert len(plans) == 1 and not plans[0].fits and not again  # shown, and not one step was made
     assert sft.main(config) == 0 and len(again) == 1

@@ -32,7 +32,7 @@ from moss.grow import grow
 from moss.log import RunLog, console, note
 from moss.model import Decoder, Head
 from moss.optim import Optimizers, make_optimizer, rate
-from moss.resolve import locate
+from moss.resolve import free_memory, locate
 from moss.tokenizer import Tokenizer, add_markers
 from moss.train import loop, memory, plan, report
 from moss.train.machine import COMPILE_PAYS, compile_blocks, pick_device, pick_dtype, to_device
@@ -89,7 +89,7 @@ def opened(
     with loop.Stop() as stop, dist.started(device), ExitStack() as held:
         dist.first(lambda: held.enter_context(checkpoint.lock(config.out)))
         start = dist.first(partial(beginning, config))
-        free = min(plan.free_memory(device), plan.free_memory("cpu"))
+        free = min(free_memory(device), free_memory("cpu"))
         with plan.explained_outside(partial(plan.foreseen, config, heads, frozen), free):
             yield start, stop
 
@@ -237,7 +237,7 @@ def train(
     adaptable = start is None and (stage != "pretrain" or "base" in (extra or {}))
     job = replace(plan.job_of(stage, config, parts_of(model).values(), data, dtype), adaptable=adaptable)
     held = plan.held_by(model, device) + sum(job.frozen.values())
-    free = min(dist.gathered(plan.free_memory(str(device)) + held))  # so that all ranks pick alike
+    free = min(dist.gathered(free_memory(str(device)) + held))  # so that all ranks pick alike
     then = checkpoint.read_info(start).get("micro_rows") if start else None  # the same sums on any machine
     if then and not config.micro_tokens:
         job = replace(job, micro_tokens=math.gcd(then, own) * config.length)

@@ -185,20 +185,6 @@ def divisors(number: int) -> list[int]:
     return [each for each in range(number, 0, -1) if number % each == 0]
 
 
-def free_memory(device: str) -> float:
-    """Bytes that a process could take now: of the device, or of the machine and of the control group it runs in."""
-    if device.startswith("cuda"):
-        return float(torch.cuda.mem_get_info(device)[0])
-    if not PROC.exists():  # no Linux: nothing is known, so all is tried
-        return math.inf
-    told = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    free = next(int(line.split()[1]) * 1024.0 for line in told if line.startswith("MemAvailable"))
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and limit.read_text().strip().isdecimal():
-        free = min(free, float(limit.read_text()) - float(used.read_text()))
-    return free
-
-
 def refused(found: Plan) -> str:
     """What to say where a job does not fit: what it needs, and the setting that would do."""
     need, job = gigabytes(found.total), found.job
