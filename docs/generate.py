@@ -200,7 +200,19 @@ def parity_table() -> str:
     return "\n".join(lines)
 
 
+def plan_table() -> str:
+    """What `--plan` says of memory and time, beside what runs took."""
+    lines = ["| model | numbers | compiled | planned | taken | off | a step planned | taken | off |", "|---" * 9 + "|"]
+    for row in result("plan")["rows"]:
+        cells = [row["case"], row["dtype"], "yes" if row["compile"] else "no"]
+        cells += [f"{row[name]:.0f} MB" for name in ("planned_mb", "taken_mb")] + [f"{row['memory_off']:+.1%}"]
+        cells += [f"{row[name]:.2f} s" for name in ("planned_s", "taken_s")] + [f"{row['time_off']:+.1%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "plan": plan_table,
     "preference": preference_table,
     "dial": dial_table,
     "train": train_table,
