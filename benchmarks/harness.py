@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -77,10 +78,10 @@ def main() -> int:
         compared = {
             "MMLU": compare(ours_of(mmlu, folder, mmlu_score), theirs_of(theirs, mmlu_tasks(asked, folder))),
             "TruthfulQA MC1": compare(
-                ours_of(truth, folder, mc1_score), theirs_of(theirs, [truth_task("mc1", facts, folder)])
+                ours_of(truth, folder, partial(mc1_score, facts)), theirs_of(theirs, [truth_task("mc1", facts, folder)])
             ),
             "TruthfulQA MC2": compare(
-                ours_of(truth, folder, mc2_score), theirs_of(theirs, [truth_task("mc2", facts, folder)])
+                ours_of(truth, folder, partial(mc2_score, facts)), theirs_of(theirs, [truth_task("mc2", facts, folder)])
             ),
         }
         ways: dict[str, Callable[[], object]] = {
@@ -139,13 +140,17 @@ def mmlu_score(row: dict[str, Any]) -> Score:
     return row["scores"], "ABCD".index(row["choice"])
 
 
-def mc1_score(row: dict[str, Any]) -> Score:
-    scores = [row["scores"][at] for at in [0, *range(row["true"], len(row["scores"]))]]
+def mc1_score(facts: Sequence[truthful.Question], row: dict[str, Any]) -> Score:
+    false = facts[int(row["id"])].false
+    scores = [row["scores"][at] for at, text in enumerate(row["texts"]) if not at or text in false]
     return scores, scores.index(max(scores))
 
 
-def mc2_score(row: dict[str, Any]) -> Score:
-    return row["scores"], row["scores"].index(max(row["scores"]))
+def mc2_score(facts: Sequence[truthful.Question], row: dict[str, Any]) -> Score:
+    false = facts[int(row["id"])].false
+    both = list(zip(row["texts"], row["scores"], strict=True))  # true ones first, as the harness is given them
+    scores = [score for text, score in both if text not in false] + [score for text, score in both if text in false]
+    return scores, scores.index(max(scores))
 
 
 # ---------------------------------------------------------------- theirs
