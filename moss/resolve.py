@@ -51,8 +51,13 @@ def load(
     if chat:
         require_markers(tok)
     _check_record(folder, tok)
+    return _of_text(_load(folder, tok, dtype, device), folder), tok
+
+
+def _load(folder: Path, tok: Tokenizer, dtype: Dtype, device: Device) -> Decoder:
+    """The model in a folder, as it is."""
     if is_adapter(folder):
-        return _load_adapted(folder, dtype, device), tok
+        return _load_adapted(folder, dtype, device)
     config = read_config(folder)
     if tok.vocab_size > config.vocab_size:
         raise ValueError(
@@ -61,8 +66,15 @@ def load(
         )
     width, place = choose(config, dtype, device)
     if width in WIDTHS:
-        return load_quantized(folder, width, place), tok
-    return load_model(folder, dtype=getattr(torch, width), device=place), tok
+        return load_quantized(folder, width, place)
+    return load_model(folder, dtype=getattr(torch, width), device=place)
+
+
+def _of_text(model: Decoder, folder: Path) -> Decoder:
+    """The model, refused where it gives scores and no text."""
+    if model.head_kind != "lm":
+        raise ValueError(f"{folder} holds a preference model, which scores replies and writes none; give another")
+    return model
 
 
 def _load_adapted(folder: Path, dtype: Dtype, device: Device) -> Decoder:

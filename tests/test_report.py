@@ -42,5 +42,5 @@ def test_a_run_becomes_a_picture(tmp_path: Path) -> None:
 def test_without_matplotlib_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents an ImportError after hours of training."""
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ValueError, match=r"moss\[train\]"):
+    with pytest.raises(ValueError, match=r"\.\[train\]"):
         report.check_can_draw()

@@ -53,8 +53,7 @@ def answers(
                 return Told(event.turn)
         return Told(None, "the answer broke off")
 
-    with _engine(who) as engine:
-        yield from _together(lambda at: one(at, engine), len(dialogs))
+    yield from _together(who, one, len(dialogs))
 
 
 def continued(
@@ -68,8 +67,7 @@ def continued(
         ids = [token.id for token in engine.submit(prompts[at], mine)]
         return tok.decode([id for id in ids if id not in tok.control_ids])
 
-    with _engine(who) as engine:
-        yield from _together(lambda at: one(at, engine), len(prompts))
+    yield from _together(who, one, len(prompts))
 
 
 def seeds_of(seed: int, count: int, first: int = 0) -> list[int]:
@@ -85,10 +83,10 @@ def _engine(who: Subject) -> AbstractContextManager[Any]:
     return nullcontext(who.server)
 
 
-def _together(one: Callable[[int], T], count: int) -> Iterator[T]:
-    """`one(0)`, `one(1)`, … in their order, `AT_ONCE` under way."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+def _together(who: Subject, one: Callable[[int, Any], T], count: int) -> Iterator[T]:
+    """`one(0, engine)`, `one(1, engine)`, … in their order, `AT_ONCE` under way."""
+    with ThreadPoolExecutor(AT_ONCE) as pool, _engine(who) as engine:  # closed first: what is under way ends at once
         try:
-            yield from pool.map(one, range(count))
+            yield from pool.map(lambda at: one(at, engine), range(count))
         finally:  # on Ctrl-C what waits must not be asked
             pool.shutdown(wait=False, cancel_futures=True)

@@ -108,6 +108,8 @@ class Subject:
 
 def chats(style: Style, who: Subject) -> bool:
     """Whether a model is asked in conversations."""
+    if style == "plain" and who.tok is None:
+        raise UsageError(f"--style plain: {who.name} is a chat server, which reads conversations alone")
     if style == "chat" and not who.chats:
         raise UsageError(f"--style chat: {who.name} does not know the format of conversations; take --style plain")
     return who.chats if style == "auto" else style == "chat"
@@ -230,7 +232,7 @@ class Task(Protocol):
         ...
 
     def values(self, rows: Sequence[dict[str, Any]]) -> dict[str, Values]:
-        """Of each figure one number an item, and weights (a ratio of sums) or None; "accuracy / law" is a part."""
+        """Of each figure one number an item, and weights (a ratio of sums) or None; "  law" is a part."""
         ...
 
     def notes(self, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -240,38 +242,33 @@ class Task(Protocol):
 
 def run(config: Evaluation, task: Task) -> int:
     """Measure one model, or two on the same items; the table on standard output, or JSON with `--json`."""
+    models = checked(config)
+    told = [_measure(config, task, model) for model in models]
+    apart: dict[str, Any] = {}
+    if len(told) == 2:
+        (_, ours), (_, theirs) = told
+        apart = {name: difference(ours[name][0], theirs[name][0], ours[name][1])._asdict() for name in ours}
+    show(config, [each for each, _ in told], apart)
+    return 0
+
+
+def checked(config: Evaluation) -> list[str | None]:
+    """The models that are measured; UsageError for settings that fit none of them."""
     if config.limit < 0:
         raise UsageError(f"--limit is {config.limit}; give a number of items, or 0 for all")
     models = [config.model] if config.against is None else [config.model, config.against]
     if config.tokenizer is not None and not any(model and on_server(model) for model in models):
         raise UsageError("--tokenizer is for a model on a server; a folder has its own")
-    results, found = list[dict[str, Any]](), list[dict[str, Values]]()
-    for model in models:
-        with subject(model, config) as who, measured(config, task.name, who, task.template(who)) as kept:
-            rows = task.measure(who, kept)
-            found.append(task.values(rows))
-            figures = {name: mean(*each) for name, each in found[-1].items()}
-            results.append(result(kept, task.name, who.name, task.template(who), figures, task.notes(rows)))
-    apart: dict[str, Any] = {}
-    if len(results) == 2:
-        ours, theirs = found
-        apart = {name: difference(ours[name][0], theirs[name][0], ours[name][1])._asdict() for name in ours}
-    show(config, results, apart)
-    return 0
+    return models
 
 
-def report(
-    config: Evaluation,
-    kept: Kept,
-    task: str,
-    name: str,
-    settings: Mapping[str, Any],
-    figures: Mapping[str, Figure],
-    notes: Sequence[str],
-) -> int:
-    """Write and show the result of a task that is no `Task`."""
-    show(config, [result(kept, task, name, settings, figures, notes)], {})
-    return 0
+def _measure(config: Evaluation, task: Task, model: str | None) -> tuple[dict[str, Any], dict[str, Values]]:
+    """The result of one model and its values; the model is gone when this returns, for another needs the room."""
+    with subject(model, config) as who, measured(config, task.name, who, task.template(who)) as kept:
+        rows = task.measure(who, kept)
+        values = task.values(rows)
+        figures = {name: mean(*each) for name, each in values.items()}
+        return result(kept, task.name, who.name, task.template(who), figures, task.notes(rows)), values
 
 
 def result(

@@ -195,7 +195,7 @@ def continuations(
     for first in range(len(examples) + 1):
         shown = examples[first:]
         if chat:
-            found = after_dialog(conversation(shown, question, lang), LETTERS, who.tokens)
+            found = after_dialog(conversation(shown, question, lang), LETTERS, who.tokens, who.quality)
         else:
             found = after_text(plain(shown, question, lang), [GAPS[lang] + letter for letter in LETTERS], who.tokens)
         if all(len(each.prompt) + len(each.answer) <= who.longest for each in found):

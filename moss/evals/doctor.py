@@ -121,7 +121,8 @@ def graphics() -> Iterator[Finding]:
         )
     if not torch.cuda.is_available():
         card = Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
-        mend = "make clean chat TORCH_INDEX=https://download.pytorch.org/whl/cu130" if card else ""
+        again = "rm -rf .venv && make chat TORCH_INDEX=https://download.pytorch.org/whl/cu130"
+        mend = again if card else ""
         yield Finding(
             "GPU", not card, "one that this PyTorch cannot use" if card else "none; all runs on the CPU", mend
         )

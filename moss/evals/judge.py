@@ -32,7 +32,7 @@ from moss.engine import Sampling
 from moss.errors import UsageError
 from moss.evals import preference
 from moss.evals.answering import answers, seeds_of
-from moss.evals.base import Evaluation, Kept, Subject, made_of, measured, report, silent, subject
+from moss.evals.base import Evaluation, Kept, Subject, checked, made_of, measured, result, show, silent, subject
 from moss.evals.stats import Figure, length_controlled, mean
 from moss.log import bar, note
 from moss.tools.run import Options
@@ -62,9 +62,7 @@ nor the order in which the answers stand is a merit. First explain in a few sent
 class Judge(Evaluation):
     """Measure which of two models answers better: wins, ties and losses, in both orders, for equal lengths too."""
 
-    data: Path | None = (
-        None  # prompts: JSON lines with prompt or user_prompt, or conversations whose last turn is asked
-    )
+    data: Path | None = None  # JSON lines with prompt or user_prompt, or conversations, whose last turn is asked
     judge: str = "scripted"  # http://host:port/v1#name of a chat model; scripted: the truth of the scripted prompts
     n: int = 200  # scripted prompts, where no --data is given
     seed: int = 0  # which of these are drawn, and what is drawn in answers
@@ -83,13 +81,12 @@ def main(config: Judge) -> int:
         raise UsageError(f"--judge is {config.judge!r}; give http://host:port/v1#name, or scripted")
     if config.judge != "scripted" and config.data is None:
         raise UsageError("--data is missing: give prompts, or leave --judge out for scripted ones")
+    if config.n < 1:
+        raise UsageError(f"--n is {config.n}; it must be at least 1")
+    models = checked(config)
     asked = read(config.data) if config.data else [each.history for each in preference.questions(config.n, config.seed)]
     asked = asked[: config.limit or None]
-    told = []
-    for model in (config.model, config.against):
-        with subject(model, config) as who:
-            told.append((who, replied(config, who, asked)))
-    (ours, mine), (theirs, others) = told
+    (ours, mine), (theirs, others) = (replied(config, model, asked) for model in models)
     pair = Subject(f"{ours.name}-over-{theirs.name}", made_of(ours.print, theirs.print), None)
     with measured(config, "judge", pair, {"judge": config.judge, "ask": ASK, "tokens": config.judge_tokens}) as kept:
         if config.judge == "scripted":
@@ -98,7 +95,9 @@ def main(config: Judge) -> int:
             with subject(config.judge, replace(config, tokenizer=None)) as judge:
                 by_model(config, judge, asked, mine, others, kept)
         rows = [kept.rows[str(number)] for number in range(len(asked))]
-        return report(config, kept, "judge", pair.name, {"judge": config.judge}, figures(rows), notes(rows))
+        told = result(kept, "judge", pair.name, {"judge": config.judge}, figures(rows), notes(rows))
+    show(config, [told], {})
+    return 0
 
 
 def read(file: Path) -> list[Dialog]:
@@ -122,13 +121,13 @@ def read(file: Path) -> list[Dialog]:
 # ---------------------------------------------------------------- answers
 
 
-def replied(config: Judge, who: Subject, asked: Sequence[Dialog]) -> list[str]:
-    """The model's reply to each prompt; those of earlier runs are not asked for again. A prompt that was not answered
-    has an empty reply, and a line says so."""
+def replied(config: Judge, model: str | None, asked: Sequence[Dialog]) -> tuple[Subject, list[str]]:
+    """The model, by name alone, and its reply to each prompt; those of earlier runs are not asked for again. A prompt
+    that was not answered has an empty reply, and a line says so."""
     settings = {"max_tokens": config.max_tokens, "temperature": config.temperature, "seed": config.seed}
     texts = [to_openai(dialog)["messages"] for dialog in asked]
     prints = [made_of(text, number) for number, text in enumerate(texts)]
-    with measured(config, "replies", who, settings) as kept:
+    with subject(model, config) as who, measured(config, "replies", who, settings) as kept:
         new = [at for at in range(len(asked)) if not kept.have(prints[at], prints[at])]
         sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
         draws = seeds_of(config.seed, len(asked))
@@ -143,7 +142,7 @@ def replied(config: Judge, who: Subject, asked: Sequence[Dialog]) -> list[str]:
                 shown.show(done, "")
         if failed:
             note(f"{who.name}: {len(failed):,} of {len(asked):,} prompts have no answer, the first: {failed[0]}")
-        return [kept.rows[each]["reply"] for each in prints]
+        return Subject(who.name, who.print, None), [kept.rows[each]["reply"] for each in prints]
 
 
 # ---------------------------------------------------------------- judgments

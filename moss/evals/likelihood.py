@@ -10,7 +10,7 @@ after the same prompt are two entries of one row of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -36,10 +36,8 @@ class Continuation:
 
 
 @torch.inference_mode()
-def likelihoods(
-    model: Decoder, asked: Sequence[Continuation], shown: Callable[[int], None] = lambda done: None
-) -> list[float]:
-    """The natural logarithm of each answer's probability after its prompt. `shown` hears how many are done.
+def likelihoods(model: Decoder, asked: Sequence[Continuation]) -> list[float]:
+    """The natural logarithm of each answer's probability after its prompt.
 
     A prompt that is too long for the model loses its oldest tokens. ValueError where an answer alone is too long, or
     prompt or answer are empty.
@@ -48,15 +46,12 @@ def likelihoods(
     for number, each in enumerate(asked):
         rows.setdefault(_read(each, model.config.max_length), []).append(number)
     found = [0.0] * len(asked)
-    done = 0
     for group in groups(sorted(rows)):
         spans = [[len(row) - len(asked[number].answer) for number in rows[row]] for row in group]
         prefix = min(common_prefix(group[0], group[-1]), min(map(min, spans)))
         shared = Shared(model, group[0][:prefix])
         for batch in _batches(group, prefix):
             _score(model, shared, [group[at] for at in batch], asked, rows, found)
-            done += sum(len(rows[group[at]]) for at in batch)
-            shown(done)
     return found
 
 
@@ -80,13 +75,17 @@ def after_text(text: str, answers: Sequence[str], tok: Tokenizer) -> list[Contin
     return [Continuation(ids[: len(prompt)], ids[len(prompt) :]) for ids in whole]
 
 
-def after_dialog(dialog: Dialog, answers: Sequence[str], tok: Tokenizer) -> list[Continuation]:
-    """Each answer as the last reply of a conversation, without the marker that ends it."""
+def after_dialog(
+    dialog: Dialog, answers: Sequence[str], tok: Tokenizer, quality: int | None = None
+) -> list[Continuation]:
+    """Each answer as the last reply of a conversation, without the marker that ends it, after the tag that asks for
+    `quality` where there is one."""
+    last = replace(dialog.turns[-1], quality=quality)
+    dialog = replace(dialog, turns=[*dialog.turns[:-1], last])
     prompt, _ = render(dialog, tok, until="reply")
     end, found = tok.marker("<eom>"), []
     for answer in answers:
-        turns = [*dialog.turns[:-1], replace(dialog.turns[-1], reply=answer)]
-        ids, _ = render(replace(dialog, turns=turns), tok)
+        ids, _ = render(replace(dialog, turns=[*dialog.turns[:-1], replace(last, reply=answer)]), tok)
         stop = next(at for at in range(len(ids) - len(end), -1, -1) if ids[at : at + len(end)] == end)
         if ids[: len(prompt)] != prompt or stop <= len(prompt):
             raise ValueError(f"{answer!r} cannot follow the prompt: this tokenizer joins the two")

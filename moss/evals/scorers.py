@@ -126,7 +126,7 @@ class Classifier:
         try:
             from transformers import AutoModelForSequenceClassification, AutoTokenizer
         except ImportError:
-            raise UsageError("--scorer FOLDER needs transformers: pip install 'moss[eval]'") from None
+            raise UsageError("--scorer FOLDER needs transformers: pip install -e '.[eval]'") from None
         try:
             self._tok = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             self._model: Any = AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True).eval()

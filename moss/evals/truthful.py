@@ -105,7 +105,7 @@ def continuations(question: Question, who: Subject, chat: bool) -> list[Continua
         return after_text(text, [f" {answer}" for answer in question.answers], who.tokens)
     shown = [pair.removeprefix("Q: ").split("\nA: ") for pair in primer.split("\n\n")]
     turns = [Turn(asked, reply=answer) for asked, answer in shown]
-    return after_dialog(silent([*turns, Turn(question.text)]), question.answers, who.tokens)
+    return after_dialog(silent([*turns, Turn(question.text)]), question.answers, who.tokens, who.quality)
 
 
 # ---------------------------------------------------------------- the task

@@ -25,7 +25,7 @@ def check_can_draw() -> None:
     try:
         import matplotlib as _  # noqa: F401
     except ImportError:
-        raise ValueError("--report needs matplotlib; install it with: pip install 'moss[train]'") from None
+        raise ValueError("--report needs matplotlib; install it with: pip install -e '.[train]'") from None
 
 
 def draw(folder: Path, title: str) -> Path:
