@@ -57,6 +57,7 @@ SCRIPTS: dict[str, tuple[tuple[int, int], ...]] = {
     "Mongolian": ((0x1800, 0x18AF),),
 }  # fmt: skip
 SHARE = 0.02  # of the characters of all these writings, from which on one of them belongs to the new language
+LANGUAGES = {"Han": "Chinese", "Latin": "Latin script"}  # by writing; others keep its name
 TWICE = 2  # times that a pair must occur to be worth an id
 PART, PARTS = 1 << 16, 16  # characters that the base splits at a time, and how many times so many at once
 END = 0x10FFFF
@@ -157,6 +158,12 @@ def writing(text: str) -> str:
     totals = by_script(histogram(text))
     name = max(totals, key=lambda name: totals[name])
     return "Latin" if not totals[name] else name if totals[name] > SHARE * len(text) else "mixed"
+
+
+def language(text: str) -> str:
+    """The language of a text as people call it, as far as its writing tells."""
+    name = writing(text)
+    return LANGUAGES.get(name, name)
 
 
 def _batches(texts: Iterable[str]) -> Iterator[list[str]]:

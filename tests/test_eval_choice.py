@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import os
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,14 @@ import torch
 from moss import resolve
 from moss.engine import Engine
 from moss.errors import UsageError
-from moss.evals import base, choice, perplexity, truthful
+from moss.evals import base, choice, judge, perplexity, truthful
 from moss.evals.choice import MMLU, continuations, plain, questions, read
+from moss.evals.judge import Judge
 from moss.evals.perplexity import Perplexity
 from moss.evals.truthful import TruthfulQA, judged
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer, add_markers
-from moss.weights import save_model
+from moss.weights import read_config, save_model
 from tests.fake_server import FakeServer, completes, says
 from tests.test_tokenizer import bare
 
@@ -157,6 +160,14 @@ def test_each_example_is_a_turn(toys: Path) -> None:
     )
 
 
+def test_a_model_that_knows_tags_is_asked_for_the_best(toys: Path) -> None:
+    """Prevents likelihoods of a model of `moss train pat` in a way in which nobody uses it."""
+    (question, _), who = questions_of(QUESTIONS), replace(subject(toys / "a"), quality=100)
+    _, found = continuations([question], question, who, "en", True)
+    said = who.tokens.decode([*found[0].prompt, *found[0].answer], markers=True)
+    assert said.endswith("<|MOSS|>: <quality: 100> A") and said.count("quality") == 1
+
+
 def test_examples_that_do_not_fit_are_left_out(toys: Path) -> None:
     """Prevents a prompt that is cut in the middle of an example, or of the question."""
     first, second = questions_of(QUESTIONS)
@@ -288,6 +299,36 @@ def test_nothing_is_asked_twice(
     assert choice.main(config) == 0 and sum(seen) == 7
 
 
+def test_the_first_model_is_gone_before_the_second_comes(
+    toys: Path, mmlu: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents two models at a time in a memory that holds one."""
+    alive: list[int] = []
+    loaded = list[weakref.ref[Decoder]]()
+    original = base.load
+
+    def load(*args: Any, **more: Any) -> Any:
+        gc.collect()
+        alive.append(sum(each() is not None for each in loaded))
+        model, tok = original(*args, **more)
+        loaded.append(weakref.ref(model))
+        return model, tok
+
+    monkeypatch.setattr(base, "load", load)
+    assert choice.main(MMLU(str(toys / "a"), str(toys / "b"), data=mmlu, out=tmp_path, limit=1)) == 0
+    assert judge.main(Judge(str(toys / "a"), str(toys / "b"), n=2, max_tokens=2, out=tmp_path)) == 0
+    assert alive == [0, 0, 0, 0]
+
+
+def test_what_gives_no_text_is_named(toys: Path, mmlu: Path, tmp_path: Path) -> None:
+    """Prevents a traceback, or figures of nothing, for a preference model."""
+    config, tok = read_config(toys / "a"), Tokenizer.load(toys / "a")
+    save_model(Decoder(config, "scalar"), tmp_path / "judge", eos=tok.eos)
+    tok.save(tmp_path / "judge")
+    with pytest.raises(ValueError, match="holds a preference model"):
+        choice.main(MMLU(str(tmp_path / "judge"), data=mmlu, out=tmp_path / "out"))
+
+
 def test_a_base_is_not_asked_in_conversations(toys: Path, mmlu: Path, tmp_path: Path) -> None:
     """Prevents markers that a model has never seen."""
     with pytest.raises(UsageError, match="does not know the format of conversations; take --style plain"):
@@ -333,6 +374,8 @@ def test_a_chat_server_is_asked_in_words(mmlu: Path, tmp_path: Path, capsys: pyt
         assert choice.main(MMLU(f"{server.url}#m", **settings)) == 0
         told = json.loads(capsys.readouterr().out)
         assert choice.main(MMLU(f"{server.url}#m", **settings)) == 0 and len(server.asked) == 3  # and not once more
+        with pytest.raises(UsageError, match="--style plain: m is a chat server"):
+            choice.main(MMLU(f"{server.url}#m", style="plain", **settings))
         with pytest.raises(UsageError, match="tells no probabilities"):
             perplexity.main(Perplexity(f"{server.url}#m", data=[tmp_path / "a.txt"], out=tmp_path))
     rows = base.read_rows(Path(told["rows"])).values()

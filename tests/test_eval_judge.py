@@ -151,6 +151,8 @@ def test_bad_input_is_one_line(prompts: Path, tmp_path: Path) -> None:
     """Prevents a run of hours that ends in a missing flag."""
     for settings, words in (
         ({}, "--against is missing"),
+        ({"against": "x", "n": 0}, "--n is 0"),
+        ({"against": "x", "limit": -1}, "--limit is -1"),
         ({"against": "x", "data": prompts}, "knows only its own prompts"),
         ({"against": "x", "judge": "gpt"}, "--judge is 'gpt'"),
         ({"against": "x", "judge": "http://x"}, "--data is missing"),

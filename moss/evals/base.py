@@ -169,6 +169,10 @@ class Kept:
         """Whether the row of this id is there, and was made of the same."""
         return self.rows.get(id, {}).get("made_of") == made_of
 
+    def missing(self, ids: Sequence[str], made_of: Sequence[str]) -> list[int]:
+        """The numbers of those items that are to be measured."""
+        return [at for at, (id, mine) in enumerate(zip(ids, made_of, strict=True)) if not self.have(id, mine)]
+
 
 @contextmanager
 def measured(config: Evaluation, task: str, who: Subject, template: Mapping[str, Any]) -> Iterator[Kept]:

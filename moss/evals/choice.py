@@ -270,7 +270,7 @@ class Choice:
     def _by_reply(self, todo: Sequence[tuple[Question, Dialog]], who: Subject, kept: Kept) -> None:
         texts = [to_openai(dialog)["messages"] for _, dialog in todo]
         prints = [made_of(text, each.answer, MAX_TOKENS) for text, (each, _) in zip(texts, todo, strict=True)]
-        new = [at for at, (each, _) in enumerate(todo) if not kept.have(each.id, prints[at])]
+        new = kept.missing([each.id for each, _ in todo], prints)
         options = Options(Sampling(temperature=0, max_tokens=MAX_TOKENS))
         with bar("questions", len(todo) - len(new), len(todo)) as shown:
             told = answers(who, [todo[at][1] for at in new], options)

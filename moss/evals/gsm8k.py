@@ -97,7 +97,7 @@ class Arithmetic:
         wanted = [(way, problem) for way in WAYS for problem in self.asked]
         ids = [f"{way}/{problem.number}" for way, problem in wanted]
         prints = [made_of(problem.text, problem.answer) for _, problem in wanted]
-        new = [at for at, id in enumerate(ids) if not kept.have(id, prints[at])]
+        new = kept.missing(ids, prints)
         dialogs = [asked(wanted[at][1].text, WAYS[wanted[at][0]]) for at in new]
         options = Options(Sampling(temperature=0, max_tokens=self.config.max_tokens))
         first = len(wanted) - len(new)

@@ -128,7 +128,7 @@ def replied(config: Judge, model: str | None, asked: Sequence[Dialog]) -> tuple[
     texts = [to_openai(dialog)["messages"] for dialog in asked]
     prints = [made_of(text, number) for number, text in enumerate(texts)]
     with subject(model, config) as who, measured(config, "replies", who, settings) as kept:
-        new = [at for at in range(len(asked)) if not kept.have(prints[at], prints[at])]
+        new = kept.missing(prints, prints)
         sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
         draws = seeds_of(config.seed, len(asked))
         failed = list[str]()

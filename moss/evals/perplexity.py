@@ -22,32 +22,14 @@ from moss.data.rows import documents
 from moss.errors import UsageError
 from moss.evals.base import Evaluation, Kept, Subject, Values, made_of, run
 from moss.evals.likelihood import Continuation
-from moss.extend import writing
+from moss.extend import language
 from moss.log import bar, note
 from moss.tokenizer import refuse_surrogates
 
 PIECE = 2000  # characters
 AT_ONCE = 32  # pieces that are scored, and whose rows are kept, at a time
 TEXT = (".txt", ".jsonl", ".md")
-CODE = (
-    ".py",
-    ".js",
-    ".ts",
-    ".java",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".cs",
-    ".go",
-    ".rs",
-    ".rb",
-    ".php",
-    ".sh",
-    ".sql",
-)
-LANGUAGES = {"Han": "Chinese", "Latin": "Latin script"}  # by writing; others keep its name
+CODE = tuple(".py .js .ts .java .c .h .cc .cpp .hpp .cs .go .rs .rb .php .sh .sql".split())
 
 
 @dataclass(frozen=True)
@@ -103,7 +85,7 @@ def pieces(paths: Sequence[Path], limit: int = 0) -> Iterator[Piece]:
             for at, part in enumerate(parts):
                 if not part.strip():
                     continue
-                group = "code" if path.suffix in CODE else LANGUAGES.get(name := writing(part), name)
+                group = "code" if path.suffix in CODE else language(part)
                 counts[group] = counts.get(group, 0) + 1
                 if not limit or counts[group] <= limit:
                     yield Piece(f"{path}/{number}/{at}", group, part, tuple(parts[:at]))

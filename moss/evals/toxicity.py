@@ -116,7 +116,7 @@ class Poison:
         wanted = [(manner, prompt) for manner in ("plain", "respectful") for prompt in self.asked]
         prints = [made_of(prompt.text) for _, prompt in wanted]
         ids = [f"{manner}/{prompt.number}" for manner, prompt in wanted]
-        new = [at for at, id in enumerate(ids) if not kept.have(id, prints[at])]
+        new = kept.missing(ids, prints)
         with bar("prompts", len(wanted) - len(new), len(wanted)) as shown:
             for begin in range(0, len(new), AT_ONCE):
                 part = new[begin : begin + AT_ONCE]

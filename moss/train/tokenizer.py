@@ -30,7 +30,7 @@ from moss.data import curriculum
 from moss.data.dialogs import from_row, read_rows, to_row
 from moss.data.rows import data_files, documents
 from moss.errors import UsageError
-from moss.extend import extend, writing
+from moss.extend import LANGUAGES, extend, language
 from moss.files import replacing
 from moss.log import console, note
 from moss.tokenizer import MIN_VOCAB, Tokenizer, load, train
@@ -41,7 +41,6 @@ MATERIAL = 2000  # documents, and as many conversations, of the scripted teacher
 VOCAB = 2048  # ids of a new vocabulary
 NEW_SHARE = 0.3  # of an extended one's ids are new: the paper's share
 EXTENDS = "extends.json"  # beside an extended tokenizer.json: what it extends
-NAMES = {"Han": "Chinese", "Latin": "Latin script"}  # of writings, in the report
 MODEL = ("config.json", "model.safetensors")  # of a model's folder, where another tokenizer would not fit
 
 
@@ -169,9 +168,9 @@ def report(tok: Tokenizer, sample: Sequence[str], base: Tokenizer | None = None)
     the scripted teacher's English and Python's own library where the material has no such text."""
     groups: dict[str, list[str]] = {}
     for text in sample:
-        groups.setdefault(NAMES.get(name := writing(text), name), []).append(text)
-    if NAMES["Latin"] not in groups:
-        groups[NAMES["Latin"]] = [text for text in islice(curriculum.text(0), 400) if writing(text) == "Latin"]
+        groups.setdefault(language(text), []).append(text)
+    if (latin := LANGUAGES["Latin"]) not in groups:
+        groups[latin] = [text for text in islice(curriculum.text(0), 400) if language(text) == latin]
     library = sorted(Path(os.__file__).parent.glob("*.py"))[::4]
     groups["code"] = [path.read_text(encoding="utf-8")[:LENGTH] for path in library]
     table = Table(title=f"tokenizer of {tok.vocab_size} ids, sha256 {tok.sha256[:12]}")
