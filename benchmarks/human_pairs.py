@@ -25,7 +25,7 @@ from moss.data import pairs
 from moss.files import replacing
 
 FOLDS = 3
-SETTINGS = ["--epochs", "2", "--length", "2048", "--save-every", "200", "--resume"]  # the longest row has 1,800 tokens
+SETTINGS = ["--epochs", "2", "--length", "1024", "--save-every", "200", "--resume"]
 
 
 def write(found: list[pairs.Preference], path: Path) -> Path:
