@@ -1,8 +1,9 @@
 """More than one process: the model sharded over the ranks that `torchrun` started, and what ranks must agree on.
 
 What    `started` joins the ranks, `shard` cuts a model over them (FSDP2, the field's ZeRO-3: weights, gradients and
-        optimizer state), `whole` puts it together again, `Muon` steps it, `write_shards` and `read_shards` keep
-        tensors of it on disk. `sums`, `highest`, `first` and `agreed` are how ranks come to one decision.
+        optimizer state), `whole` puts it together again, `local`, `joined` and `spread` do so with
+        tensors, `write_shards` and `read_shards` keep them on disk. `sums`, `highest`, `first` and `agreed` are how
+        ranks come to one decision.
 Why     A rank that skips a step, stops or fails alone leaves the others waiting for ever; so whatever decides is made
         the same on all of them here, and without `torchrun` every function is the plain thing that it says.
 How     with started("cuda"):
@@ -33,7 +34,6 @@ import torch
 import torch.distributed as ranks
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from torch.utils.checkpoint import checkpoint
 
 from moss.log import console
@@ -237,36 +237,20 @@ def spread(value: Tensor) -> DTensor:
     return DTensor.from_local(mine, mesh, [Shard(0)], run_check=False, shape=value.shape, stride=value.stride())
 
 
-class Muon(torch.optim.Muon):
-    """PyTorch's Muon, for sharded matrices too: each is made whole for its orthogonalisation, which is of the matrix
-    and not of its parts; so a step is that of one process. Every rank orthogonalises every matrix."""
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One step; on one process PyTorch's own, else the same arithmetic on this rank's rows."""
-        if world() == 1:
-            return super().step(closure)
-        for group in self.param_groups:
-            matrices, grads, buffers = list[Any](), list[Any](), list[Any]()
-            self._init_group(group, matrices, grads, buffers)
-            for matrix, grad, buffer in zip(matrices, grads, buffers, strict=True):
-                rows, slope, held = matrix.to_local(), grad.to_local(), buffer.to_local()
-                held.lerp_(slope, 1 - group["momentum"])
-                update = slope.lerp(held, group["momentum"]) if group["nesterov"] else held
-                update = _like(matrix, update.bfloat16()).full_tensor()  # the iteration begins with bfloat16
-                update = _zeropower_via_newtonschulz(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
-                rows.mul_(1 - group["lr"] * group["weight_decay"])
-                rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], matrix.shape)
-                rows.add_(spread(update).to_local(), alpha=-rate)
-        return None
+def local(value: Tensor) -> Tensor:
+    """This rank's rows of a tensor; all of one that is not sharded."""
+    return value.to_local() if is_sharded(value) else value  # type: ignore[attr-defined]
 
 
-def _like(given: DTensor, local: Tensor) -> DTensor:
-    """This rank's rows as a part of a tensor that is cut as `given` is."""
+def joined(rows: Tensor, like: Tensor) -> Tensor:
+    """The whole of what every rank holds its rows of, cut as `like` is."""
+    if not is_sharded(like):
+        return rows
     from torch.distributed.tensor import DTensor
 
-    shape = {"shape": given.shape, "stride": given.stride()}
-    return DTensor.from_local(local, given.device_mesh, given.placements, run_check=False, **shape)
+    assert isinstance(like, DTensor)
+    shape = {"shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(rows, like.device_mesh, like.placements, run_check=False, **shape).full_tensor()
 
 
 # ---------------------------------------------------------------- activations

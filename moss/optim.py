@@ -18,14 +18,58 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim._muon import _adjust_lr
 
-from moss.dist import Muon
+from moss.dist import is_sharded, joined, local, spread
 
 BETAS = (0.9, 0.95)
 SCHEDULES = ("linear", "cosine", "constant")
 LINEAR_FALL = 0.5  # share of the steps, at the end, over which `linear` falls
 COSINE_FLOOR = 0.1  # share of the full rate at which `cosine` ends
 MUON_LR = 0.02  # Muon's steps have a fixed size, so one value serves every width
+
+
+class Muon(torch.optim.Muon):
+    """PyTorch's Muon, which orthogonalises in bfloat16, on whatever hardware and however many ranks there are: in
+    float32 where bfloat16 is slow, and of a sharded matrix the whole, for a step is of the matrix and not of its parts.
+    Every rank orthogonalises every matrix."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """One step, of this rank's rows."""
+        for group in self.param_groups:
+            matrices, grads, buffers = list[Tensor](), list[Tensor](), list[Tensor]()
+            self._init_group(group, matrices, grads, buffers)
+            for matrix, grad, buffer in zip(matrices, grads, buffers, strict=True):
+                rows, slope, held = local(matrix), local(grad), local(buffer)
+                held.lerp_(slope, 1 - group["momentum"])
+                update = slope.lerp(held, group["momentum"]) if group["nesterov"] else held
+                exact = torch.bfloat16 if has_bfloat16(rows.device) else torch.float32
+                update = joined(update.to(exact), matrix)
+                update = orthogonal(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                rows.mul_(1 - group["lr"] * group["weight_decay"])
+                mine = spread(update).to_local() if is_sharded(matrix) else update
+                rows.add_(mine, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], matrix.shape))
+
+
+def orthogonal(matrix: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """A matrix (R, C) with its singular values near 1 (0.7 to 1.2), by the Newton-Schulz iteration of Muon
+    (kellerjordan.github.io/posts/muon), in its own dtype."""
+    a, b, c = coefficients
+    wide = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    wide = wide / wide.norm().clamp(min=eps)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
+    return wide.T if matrix.shape[0] > matrix.shape[1] else wide
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has hardware for bfloat16: elsewhere it is slower than float32, on a CPU fifty times."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    able = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
 
 
 class Optimizers:

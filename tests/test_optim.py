@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from moss.dist import Muon
+from moss import optim
 from moss.model import Decoder, ModelConfig
-from moss.optim import make_optimizer, rate, split_parameters
+from moss.optim import Muon, make_optimizer, rate, split_parameters
 
 
 def tiny(family: str = "llama") -> Decoder:
@@ -82,6 +82,27 @@ def test_first_steps_by_hand():
     # times what five Newton-Schulz steps leave of a singular value (0.5 to 1.5), after decay by rate x weight_decay.
     step = before["blocks.0.attn.q.weight"] * (1 - 0.02 * 0.5) - now["blocks.0.attn.q.weight"]
     assert 0.5 < (step * 16 / 0.02).min() <= (step * 16 / 0.02).max() < 1.5
+
+
+def test_muon_is_pytorchs(monkeypatch):
+    """Prevents: another optimizer than the published one; where bfloat16 is slow the same in float32, and not worse."""
+    made = {}
+    for name in ("pytorch", "bfloat16", "float32"):
+        monkeypatch.setattr(optim, "has_bfloat16", lambda _, name=name: name == "bfloat16")
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape)) for shape in ((24, 16), (16, 40), (16, 16))]
+        kind = torch.optim.Muon if name == "pytorch" else Muon
+        muon = kind([{"params": weights, "lr": 0.02, "weight_decay": 0.1}])
+        for _ in range(3):
+            for weight in weights:
+                weight.grad = torch.randn_like(weight)
+            muon.step()
+        made[name] = weights
+    for exact, same, near in zip(*made.values(), strict=True):
+        assert torch.equal(exact, same)
+        torch.testing.assert_close(near, exact, rtol=0, atol=0.02 * 0.05)
+    found = torch.linalg.svdvals(optim.orthogonal(torch.randn(16, 40), (3.4445, -4.7750, 2.0315), 5, 1e-7))
+    assert found.min() > 0.5 and found.max() < 1.3
 
 
 def test_resumed_equals_unbroken():

@@ -13,6 +13,7 @@ from moss import dist
 from moss.attention import keep_compiler_out
 from moss.log import note, span
 from moss.model import Decoder
+from moss.optim import has_bfloat16
 from moss.train import loop
 
 # Floating-point operations of a run above which the half minute that compiling takes is won back.
@@ -41,11 +42,7 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """bfloat16 where `auto` finds hardware for it: elsewhere it is slower than float32."""
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
-    has = torch.cuda.is_bf16_supported() if device.type == "cuda" else False
-    if device.type == "cpu":
-        able = torch.cpu.get_capabilities()
-        has = bool(able.get("avx512_bf16") or able.get("amx_bf16") or able.get("bf16"))
-    return torch.bfloat16 if has else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def compile_blocks(net: nn.Module, batch: loop.Micro, loss_fn: loop.LossFn, *, must: bool) -> bool:

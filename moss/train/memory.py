@@ -24,6 +24,7 @@ from moss.attention import BLOCK
 from moss.engine.cache import FIRST_LENGTH
 from moss.lora import PIECE, Spec, base_bytes, num_trainable
 from moss.model import Decoder, Head, ModelConfig
+from moss.optim import has_bfloat16
 from moss.train.loss import CHUNK
 
 BATCH = 4 * 8  # bytes a place of a packed batch takes: four arrays of int64
@@ -256,7 +257,8 @@ def moments(job: Job, micro: int) -> dict[str, Bytes]:
         found[f"the embedding's gradient{where}"] = added(others, rest, within)
         done += made["whole"]
     largest = max(size.largest for size in counted)
-    orthogonal = 10 * largest if job.muon and all(net.lora is None for net in job.nets) else 0
+    width = 2 if job.device != "cpu" or has_bfloat16(torch.device("cpu")) else 4
+    orthogonal = 5 * width * largest if job.muon and all(net.lora is None for net in job.nets) else 0
     if job.shards > 1:
         gathered = job.dtype.itemsize * sum(size.tables + 2 * size.block for size in counted)
         found = {name: parts | {"gathered weights": gathered} for name, parts in found.items()}
