@@ -246,14 +246,18 @@ class Task(Protocol):
 
 def run(config: Evaluation, task: Task) -> int:
     """Measure one model, or two on the same items; the table on standard output, or JSON with `--json`."""
-    models = checked(config)
-    told = [_measure(config, task, model) for model in models]
+    show(config, *results(config, task))
+    return 0
+
+
+def results(config: Evaluation, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What result.json holds of each model, and of two the differences of their figures."""
+    told = [_measure(config, task, model) for model in checked(config)]
     apart: dict[str, Any] = {}
     if len(told) == 2:
         (_, ours), (_, theirs) = told
         apart = {name: difference(ours[name][0], theirs[name][0], ours[name][1])._asdict() for name in ours}
-    show(config, [each for each, _ in told], apart)
-    return 0
+    return [each for each, _ in told], apart
 
 
 def checked(config: Evaluation) -> list[str | None]:
@@ -297,24 +301,24 @@ def result(
     return told
 
 
-def show(config: Evaluation, results: Sequence[Mapping[str, Any]], apart: Mapping[str, Any]) -> None:
+def show(config: Evaluation, told: Sequence[Mapping[str, Any]], apart: Mapping[str, Any]) -> None:
     """A table of the figures, a column a model, and what there is to know of them; or all as JSON."""
     if config.json:
-        print(json.dumps(results[0] if not apart else {"models": results, "difference": apart}, ensure_ascii=False))
+        print(json.dumps(told[0] if not apart else {"models": told, "difference": apart}, ensure_ascii=False))
         return
     screen = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH)
-    table = Table(title=f"{results[0]['task']}, with 95 % intervals", title_justify="left", header_style="bold")
+    table = Table(title=f"{told[0]['task']}, with 95 % intervals", title_justify="left", header_style="bold")
     table.add_column("")
-    for each in results:
+    for each in told:
         table.add_column(each["model"], justify="right")
     if apart:
         table.add_column("difference", justify="right")
     table.add_column("items", justify="right")
-    for name, figure in results[0]["figures"].items():
-        cells = [cell(each["figures"][name]) for each in results] + ([cell(apart[name])] if apart else [])
+    for name, figure in told[0]["figures"].items():
+        cells = [cell(each["figures"][name]) for each in told] + ([cell(apart[name])] if apart else [])
         table.add_row(name, *cells, f"{figure['n']:,}")
     screen.print(table)
-    for each in results:
+    for each in told:
         for line in each["notes"]:
             note(f"{each['model']}: {line}")
         note(f"rows: {each['rows']}")
