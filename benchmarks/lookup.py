@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,10 +22,12 @@ from benchmarks.record import begin, publish
 from moss import resolve
 from moss.engine import Engine, Sampling, Stream
 from moss.evals.tool_cases import LANGS, scripted
-from moss.evals.tool_use import ask
 from moss.model import Decoder
 from moss.tokenizer import Tokenizer
+from moss.tools.base import standard_tools
+from moss.tools.run import Options, answer
 
+GREEDY = Options(Sampling(temperature=0, max_tokens=256), grammar=False)
 SETS = ("calculator", "solver", "chat", "identity")
 FFN = 20_480  # of the widened model
 Pass = tuple[Sequence[int], Sampling]
@@ -70,7 +71,7 @@ def passes_of(name: str, model: Decoder, tok: Tokenizer, questions: int) -> list
         engine.passes = []
         for lang in LANGS:
             for case in scripted(name, lang, questions, seed=0):
-                ask(case, engine, tok, threading.Semaphore(1), 256)
+                list(answer(case.dialog, engine, tok, standard_tools(), GREEDY))
         return engine.passes
 
 

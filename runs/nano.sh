@@ -99,8 +99,9 @@ stage "fine-tuning ($SFT_STEPS steps)" "$OUT/sft/moss.json" \
   moss train sft --model "$OUT/base" --data "$OUT/dialogs.jsonl" --length 512 \
   --steps "$SFT_STEPS" --save-every 50 --seed "$SEED" --out "$OUT/sft" --resume
 
+evaluate() { moss eval tools --model "$OUT/sft" --n "$QUESTIONS" --seed "$SEED" --out "$OUT/evals" --json > "$OUT/.eval" && mv "$OUT/.eval" "$OUT/eval.json"; }
 stage "evaluation ($QUESTIONS questions a set)" "$OUT/eval.json" \
-  moss eval tools --model "$OUT/sft" --n "$QUESTIONS" --seed "$SEED" -o "$OUT/eval.json" --records "$OUT/answers.jsonl"
+  evaluate
 
 # What follows shows the stages of preferences on questions whose answers a program judges; the model to talk to is sft.
 if [ -z "$BUNDLE" ]; then

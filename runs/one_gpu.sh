@@ -109,9 +109,9 @@ stage "preference-aware training" "$OUT/pat$RESULT/moss.json" \
   moss train pat --model "$OUT/sft$RESULT" --reward "$OUT/reward$RESULT" --data "$DATA" "$REPLIES" "${COMMON[@]}" \
   --out "$OUT/pat"
 
+evaluate() { moss eval tools --model "$OUT/$1$RESULT" --n "$QUESTIONS" --seed "$SEED" --out "$OUT/evals" --json > "$OUT/.eval" && mv "$OUT/.eval" "$OUT/eval-$1.json"; }
 for model in sft pat; do
-  stage "evaluation of $model ($QUESTIONS questions a set)" "$OUT/eval-$model.json" \
-    moss eval tools --model "$OUT/$model$RESULT" --n "$QUESTIONS" --seed "$SEED" -o "$OUT/eval-$model.json"
+  stage "evaluation of $model ($QUESTIONS questions a set)" "$OUT/eval-$model.json" evaluate "$model"
 done
 
 answer() { moss chat --model "$OUT/pat$RESULT" -p "What is 37*12?" --max-tokens 256 --json > "$OUT/.answer" && mv "$OUT/.answer" "$OUT/answer.json"; }

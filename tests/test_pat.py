@@ -8,7 +8,6 @@ import signal
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,8 +20,7 @@ from moss.chat import Dialog, Turn, parse_turns, render
 from moss.data import preferences
 from moss.data.dialogs import to_moss
 from moss.data.pairs import to_json
-from moss.engine import Engine
-from moss.evals import tool_use
+from moss.evals.base import Evaluation, subject
 from moss.log import read as read_log
 from moss.model import Decoder, ModelConfig
 from moss.tokenizer import Tokenizer
@@ -306,9 +304,7 @@ def test_a_tagged_model_is_asked_for_the_best(
     with moss.load(made / "base", tools="none") as chat:
         assert chat.quality is None
     seen: list[int | None] = []
-    monkeypatch.setattr(tool_use, "ask", lambda *args: seen.append(args[-1]))
-    case: Any = SimpleNamespace(set="chat", lang="en")
     for folder in (tmp_path / "run", made / "base"):
-        with Engine(lively(tok)) as idle:
-            tool_use.ask_all([case], idle, tok, tool_use.EvalTools(model=str(folder)))
+        with subject(str(folder), Evaluation()) as who:
+            seen.append(who.quality)
     assert seen == [100, None]

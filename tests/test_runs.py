@@ -107,7 +107,7 @@ def test_the_whole_road_small(tmp_path: Path):
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     model, tok = load(out / "sft")
     assert tok.vocab_size <= model.config.vocab_size
-    assert json.loads((out / "eval.json").read_text())["rows"]
+    assert json.loads((out / "eval.json").read_text())["figures"]["calculator: called when on"]["n"]
     ask = [
         sys.executable,
         "-m",

@@ -256,7 +256,8 @@ def results(config: Evaluation, task: Task) -> tuple[list[dict[str, Any]], dict[
     apart: dict[str, Any] = {}
     if len(told) == 2:
         (_, ours), (_, theirs) = told
-        apart = {name: difference(ours[name][0], theirs[name][0], ours[name][1])._asdict() for name in ours}
+        both = {name: (*ours[name], *theirs[name]) for name in ours if name in theirs}
+        apart = {name: difference(a, b, over_a, over_b)._asdict() for name, (a, over_a, b, over_b) in both.items()}
     return [each for each, _ in told], apart
 
 
@@ -315,7 +316,8 @@ def show(config: Evaluation, told: Sequence[Mapping[str, Any]], apart: Mapping[s
         table.add_column("difference", justify="right")
     table.add_column("items", justify="right")
     for name, figure in told[0]["figures"].items():
-        cells = [cell(each["figures"][name]) for each in told] + ([cell(apart[name])] if apart else [])
+        every = [*(each["figures"] for each in told), *([apart] if apart else [])]
+        cells = [cell(each[name]) if name in each else "" for each in every]
         table.add_row(name, *cells, f"{figure['n']:,}")
     screen.print(table)
     for each in told:

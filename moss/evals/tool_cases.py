@@ -1,20 +1,26 @@
 """Where the questions of `moss eval tools` come from, and what is known about their right answers.
 
 Scripted sets are drawn from the curriculum's reserved questions (`known` families) and from families that training
-never sees (`held_out`). Honest sets are what people wrote: a file of hand-written questions, the first turns of the
-released conversations, and grade-school problems. They are measured, never trained on.
+never sees (`held_out`). Honest sets are what people wrote: a file of hand-written questions, and files of one's own, of
+questions or of conversations with tools such as the released ones. They are measured, never trained on.
+
+A question that needs a tool is asked in three ways, as section 8.3 of the paper does in two: with the tool switched on,
+with the same tool switched off, and switched off under the grammar that holds a model to the tools that are on.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn
 from moss.data.curriculum import TOOL_KINDS, draw_questions
+from moss.data.dialogs import from_row, read_rows
 from moss.data.family import Item
-from moss.data.rows import json_lines
+from moss.log import note
 from moss.tools.base import parse_commands
 
 LANGS = ("en", "zh")
@@ -23,10 +29,9 @@ SCRIPTED = (
     "chat", "chat:held_out", "harmful", "harmful:held_out", "lookalike", "lookalike:held_out", "identity",
     "identity:held_out",
 )  # fmt: skip
-HAND, RELEASED, GSM8K = "hand", "released", "gsm8k"
+HAND = "hand"
 HAND_WRITTEN = Path(__file__).parent / "hand_written.jsonl"
-NUM_GSM8K = 200
-TOOL_OF = {"calculator": "Calculate", "solver": "Solve", "equation_solver": "Solve"}
+TOOL_OF = {"calculator": "Calculate", "solver": "Solve"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Case:
     """One conversation whose last turn is asked; None stands for what is not known of the right answer.
 
     commands: the text of each round's Commands; tools: the names that must be called, () for none; answer: strings
-    that the reply must hold; number: what the last number of the reply must be.
+    that the reply must hold.
     """
 
     set: str  # its row in the table
@@ -43,8 +48,8 @@ class Case:
     commands: tuple[str, ...] | None = None
     tools: tuple[str, ...] | None = None
     answer: tuple[str, ...] | None = None
-    number: float | None = None
     family: str = ""  # of a scripted question: those of one family stand or fall together
+    way: Literal["", "off", "held"] = ""  # as it is, its tools switched off, and then held by the grammar
 
     @property
     def question(self) -> str:
@@ -67,45 +72,70 @@ def _of_item(name: str, kind: str, lang: str, item: Item) -> Case:
     return Case(name, lang, dialog, commands, names, last.answer or None, family=last.family)
 
 
-def hand_written(path: Path) -> list[Case]:
-    """Questions from a file: {"question", "lang", "kind": calculator | solver | none, "answer": [...]} a line."""
-    cases = []
-    for number, row in json_lines(path):
-        question, lang, kind, answer = (row.get(key) for key in ("question", "lang", "kind", "answer"))
-        if not isinstance(question, str) or kind not in ("calculator", "solver", "none"):
-            raise ValueError(f"{path} line {number}: give question, lang and kind (calculator, solver or none)")
-        if lang not in LANGS:
-            raise ValueError(f"{path} line {number}: lang is {lang!r}; it must be one of {', '.join(LANGS)}")
-        if answer is not None and not (isinstance(answer, list) and all(isinstance(a, str) and a for a in answer)):
-            raise ValueError(f'{path} line {number}: answer is {answer!r}; give a list of texts, such as ["42"]')
-        tools = (TOOL_OF[kind],) if kind in TOOL_OF else ()
-        cases.append(Case(f"{HAND} {kind}", lang, _alone(question), None, tools, tuple(answer or ()) or None))
-    return cases
+def ways(case: Case) -> Iterator[Case]:
+    """The case as it is, and where something that it calls for is on or off, as it would be without; see the head."""
+    yield case
+    if case.tools:
+        keys = [key for key, name in TOOL_OF.items() if name in case.tools]
+        dialog = replace(case.dialog, switches=case.dialog.switches | dict.fromkeys(keys, False))
+        case = replace(case, set=f"{case.set}, off", dialog=dialog, commands=None, way="off")
+        yield case
+    elif not case.set.endswith("_off"):
+        return
+    yield replace(case, set=f"{case.set.removesuffix(', off')}, held", way="held")
 
 
-def released(folder: Path) -> list[Case]:
-    """The first questions of the released conversations with calculator or solver, both switched on."""
-    cases = []
-    for _, row in json_lines(folder / "moss_003_sft_sample.jsonl"):
-        kind = str(row.get("source")).partition("conversation_with_plugins/")[2]
-        if kind not in TOOL_OF:
+def from_file(path: Path, name: str = "") -> list[Case]:
+    """Cases of a file of JSON lines, named after it or by `name`, a row of which is a question, {"question", "lang",
+    "kind": calculator | solver | none, "answer": [...]}, or a conversation, of which every turn is a case."""
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    name, left_out = name or path.stem, 0
+    cases: list[Case] = []
+    for place, row in read_rows(path):
+        if isinstance(row, dict) and "question" in row:
+            cases.append(_of_question(name, row, place))
             continue
-        first = row["chat"]["turn_1"]
-        question = first["Human"].removeprefix("<|Human|>: ").rstrip().removesuffix("<eoh>")
-        written = first["Commands"].removeprefix("<|Commands|>: ").rstrip().removesuffix("<eoc>")
-        names = tuple(sorted({call.name for call in parse_commands(written)}))
-        name = f"{RELEASED} {'solver' if 'solver' in kind else kind}" + ("" if names else " (no call)")
-        cases.append(Case(name, _lang(question), _alone(question), None, names))
+        try:
+            found, strange = _of_dialog(name, from_row(row))
+        except ValueError as error:
+            raise ValueError(f"{place}: a row has a question, or is a conversation: {error}") from None
+        cases += found
+        left_out += strange
+    if left_out:
+        note(f"{path}: {left_out:,} turns that call tools of other kinds are left out")
+    if not cases:
+        raise ValueError(f"{path} holds no question in which calculator or solver are on")
     return cases
 
 
-def gsm8k(folder: Path) -> list[Case]:
-    """The first 200 grade-school problems, each with its final number."""
-    cases = []
-    for _, row in json_lines(folder / "gsm8k_train_2k.jsonl"):
-        number = float(row["answer"].rpartition("####")[2].replace(",", ""))
-        cases.append(Case(GSM8K, "en", _alone(row["question"]), None, ("Calculate",), None, number))
-    return cases[:NUM_GSM8K]
+def _of_question(name: str, row: dict[str, Any], place: str) -> Case:
+    question, lang, kind, answer = (row.get(key) for key in ("question", "lang", "kind", "answer"))
+    if not isinstance(question, str) or not question.strip() or kind not in (*TOOL_OF, "none"):
+        raise ValueError(f"{place}: give question, lang and kind (calculator, solver or none)")
+    if lang not in LANGS:
+        raise ValueError(f"{place}: lang is {lang!r}; it must be one of {', '.join(LANGS)}")
+    if answer is not None and not (isinstance(answer, list) and all(isinstance(a, str) and a for a in answer)):
+        raise ValueError(f'{place}: answer is {answer!r}; give a list of texts, such as ["42"]')
+    tools = (TOOL_OF[kind],) if kind in TOOL_OF else ()
+    return Case(f"{name} {kind}", lang, _alone(question), None, tools, tuple(answer or ()) or None)
+
+
+def _of_dialog(name: str, dialog: Dialog) -> tuple[list[Case], int]:
+    """A case for each turn, after those before it as they were; and how many turns call tools that are not here."""
+    cases, strange = list[Case](), 0
+    if not any(dialog.switches.get(key) for key in TOOL_OF):
+        return [], 0
+    for at, turn in enumerate(dialog.turns):
+        commands = tuple(item.commands for item in turn.rounds)
+        tools = tuple(sorted({call.name for text in commands for call in parse_commands(text)}))
+        if set(tools) - set(TOOL_OF.values()):
+            strange += 1
+            continue
+        kind = "both" if len(tools) > 1 else next((key for key, api in TOOL_OF.items() if api in tools), "none")
+        asked = replace(dialog, turns=[*dialog.turns[:at], Turn(turn.human)])
+        cases.append(Case(f"{name} {kind}", _lang(turn.human), asked, commands, tools))
+    return cases, strange
 
 
 def _alone(question: str) -> Dialog:
