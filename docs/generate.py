@@ -69,6 +69,9 @@ def nano_table() -> str:
         target = next(iter(by_lang.values()))["target"]
         goal = f"{'≥' if target[0] == '>' else '≤'} {float(target[2:]) * 100:g}" if target else ""
         lines.append(f"| {name} | {metric} | {' | '.join(cells)} | {sizes} | {goal} |")
+    for name, row in result("nano")["gsm8k"].items():
+        told = f"{row['value'] * 100:.1f} ({row['low'] * 100:.1f}–{row['high'] * 100:.1f})"
+        lines.append(f"| gsm8k | {name} | {told} |  | {row['n']} |  |")
     return "\n".join(lines)
 
 
@@ -84,6 +87,19 @@ def switches_table() -> str:
             for at in by_lang.values()
         ]
         lines.append(f"| {name} | {' | '.join(cells)} | {published.get(name, '')} |")
+    return "\n".join(lines)
+
+
+def harness_table() -> str:
+    """Scores and speed of evaluations beside lm-evaluation-harness and a plain loop."""
+    found = result("harness")
+    lines = ["| set | questions | scores | furthest apart | other choices |", "|---|---|---|---|---|"]
+    for name, row in found["compared"].items():
+        lines.append(f"| {name} | {row['questions']:,} | {row['scores']:,} | {row['apart']:.1e} | {row['other']} |")
+    lines += ["", "| questions a second | median | of the slowest |", "|---|---|---|"]
+    slowest = min(found["questions_per_s"].values())
+    for name, rate in found["questions_per_s"].items():
+        lines.append(f"| {name} | {rate:.1f} | {rate / slowest:.1f} |")
     return "\n".join(lines)
 
 
@@ -234,6 +250,7 @@ TABLES = {
     "parity": parity_table,
     "nano": nano_table,
     "switches": switches_table,
+    "harness": harness_table,
     "speed": speed_table,
     "decode": decode_table,
     "ratios": ratios_table,
