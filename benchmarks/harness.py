@@ -89,7 +89,7 @@ def main() -> int:
             "lm-evaluation-harness": lambda: theirs_of(theirs, mmlu_tasks(asked, folder)),
             "a transformers loop": lambda: loop(model, tokenizer, asked),
         }
-        number = sum(len(found) for _, found in asked.values())
+        number = sum(len(found) for _, found in asked.subjects.values())
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(args.rounds):
             for name, way in ways.items():
@@ -171,7 +171,7 @@ def mmlu_tasks(asked: choice.Set, folder: Path) -> list[ConfigurableTask]:
     """The harness's task of each subject, over local files."""
     template = yaml.safe_load((TASKS / "mmlu/default/_default_template_yaml").read_text())
     found = []
-    for subject_, (examples, questions) in asked.items():
+    for subject_, (examples, questions) in asked.subjects.items():
         files = {
             part: write(folder / f"{subject_}_{part}.jsonl", map(as_doc, each))
             for part, each in (("dev", examples), ("test", questions))
@@ -230,9 +230,9 @@ def compare(ours: Sequence[Score], theirs: Sequence[Score]) -> dict[str, Any]:
 def loop(model: Any, tokenizer: Any, asked: choice.Set) -> list[int]:
     """What one would write: each choice behind its prompt, a forward each."""
     found = []
-    for examples, questions in asked.values():
+    for examples, questions in asked.subjects.values():
         for question in questions:
-            text, scores = choice.plain(examples, question, "en"), []
+            text, scores = choice.plain(examples, question, asked), []
             before = len(tokenizer(text)["input_ids"])
             for letter in choice.LETTERS:
                 ids = torch.tensor([tokenizer(f"{text} {letter}")["input_ids"]])

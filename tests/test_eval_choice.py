@@ -28,6 +28,7 @@ from moss.weights import read_config, save_model
 from tests.fake_server import FakeServer, completes, says
 from tests.test_tokenizer import bare
 
+EN = choice.Set({}, "en")
 QUESTIONS = [("What is 1+1?", "1", "2", "3", "4", "B"), ("天空是什么颜色？", "蓝", "绿", "红", "黑", "A")]
 
 
@@ -121,7 +122,104 @@ def test_what_is_missing_is_named_with_where_to_get_it(mmlu: Path, tmp_path: Pat
     (mmlu / "dev" / "anatomy_dev.csv").unlink()
     with pytest.raises(ValueError, match=r"anatomy_dev.csv with the examples is missing.*--shots 0"):
         read(mmlu, 5)
-    assert [len(asked) for _, asked in read(mmlu, 0, limit=3).values()] == [3, 3]
+    assert [len(asked) for _, asked in read(mmlu, 0, limit=3).subjects.values()] == [3, 3]
+
+
+# ---------------------------------------------------------------- the Chinese sets
+
+
+@pytest.fixture
+def ceval(tmp_path: Path) -> Path:
+    """Three subjects as C-Eval has them: examples with explanations, questions of val, and a test without answers."""
+    heads = {"dev": ("answer", "explanation"), "val": ("answer",), "test": ()}
+    for part, more in heads.items():
+        (tmp_path / "ceval" / part).mkdir(parents=True)
+        for subject in ("law", "marxism", "high_school_physics"):
+            rows: list[Any] = [("id", "question", "A", "B", "C", "D", *more)]
+            for number in range(5 if part == "dev" else 3):
+                own = (number, f"{subject} {part} {number}：天空是什么颜色？", "蓝", "绿 ", "红, 或\n紫", "黑")
+                rows.append((*own, *("C", "因为\n如此。")[: len(more)]))
+            write(tmp_path / "ceval" / part / f"{subject}_{part}.csv", rows)
+    return tmp_path / "ceval"
+
+
+@pytest.fixture
+def cmmlu(tmp_path: Path) -> Path:
+    """Three subjects as CMMLU has them, and what a Mac leaves in a folder."""
+    for part, count in (("dev", 5), ("test", 3)):
+        (tmp_path / "cmmlu" / part).mkdir(parents=True)
+        for subject in ("agronomy", "chinese_history", "high_school_physics"):
+            rows = [(n, f"{subject} {part} {n}：天空是什么颜色？", "蓝", "绿", "红", "黑", "A") for n in range(count)]
+            write(tmp_path / "cmmlu" / part / f"{subject}.csv", [("", "Question", "A", "B", "C", "D", "Answer"), *rows])
+        (tmp_path / "cmmlu" / part / "._agronomy.csv").write_bytes(b"\0\xff")
+    return tmp_path / "cmmlu"
+
+
+def test_subjects_are_those_that_are_published() -> None:
+    """Prevents a subject that no group counts, or that has no name: numbers of the papers."""
+    sizes = {name: [len(group) for group in told["groups"].values()] for name, told in choice.KNOWN.items()}
+    assert sizes == {"mmlu": [19, 13, 12, 13], "ceval": [20, 10, 11, 11], "cmmlu": [17, 13, 22, 15, 15]}
+    for name in ("ceval", "cmmlu"):
+        groups, names = choice.KNOWN[name]["groups"], choice.KNOWN[name]["names"]
+        parted = [subject for group in groups if group != "China specific" for subject in groups[group]]
+        assert sorted(parted) == sorted(names) and len({*names.values()}) == len(names)
+
+
+def test_ceval_is_asked_from_val(toys: Path, ceval: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Prevents a set that dies of the answers that its authors keep, and a prompt that is nearly that of others."""
+    asked = read(ceval, 2)
+    assert (asked.name, asked.lang) == ("ceval", "zh") and "holds no answers: the questions are those of" in asked.note
+    assert asked.groups == {
+        "STEM": ["high_school_physics"],
+        "Social Science": ["marxism"],
+        "Humanities": ["law"],
+    }
+    (first, _), (question, *_) = asked.subjects["marxism"]
+    assert plain([first], question, asked) == (
+        "以下是中国关于马克思主义基本原理的单项选择题，请选出其中的正确答案。\n\n"
+        "marxism dev 0：天空是什么颜色？\nA. 蓝\nB. 绿 \nC. 红, 或\n紫\nD. 黑\n答案： C\n\n"
+        "marxism val 0：天空是什么颜色？\nA. 蓝\nB. 绿 \nC. 红, 或\n紫\nD. 黑\n答案："
+    )
+    assert choice.main(MMLU(str(toys / "a"), data=ceval, out=tmp_path / "out", json=True)) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["notes"] == [asked.note] and told["figures"]["accuracy"]["n"] == 9
+    assert [*told["figures"]][1:4] == ["STEM", "Social Science", "Humanities"] and "  law" in told["figures"]
+    for file in (ceval / "test").iterdir():  # as they come from the hub: with a column that is empty
+        rows = [*csv.reader(file.read_text().splitlines())]
+        write(file, [(*row, "answer" if not number else "") for number, row in enumerate(rows)])
+    assert read(ceval, 2) == asked
+    (ceval / "val").rename(tmp_path / "away")
+    with pytest.raises(ValueError, match="holds no answers, as that of C-Eval; copy its folder val"):
+        read(ceval, 2)
+
+
+def test_cmmlu_is_read_as_it_is_published(
+    toys: Path, cmmlu: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Prevents files without a suffix that are not found, and a subject that stands in one group of its two."""
+    asked = read(cmmlu, 5)
+    assert (asked.name, asked.lang, asked.note) == ("cmmlu", "zh", "")
+    (first, *_), (question, *_) = asked.subjects["chinese_history"]
+    assert plain([first], question, asked).startswith(
+        "以下是关于中国历史的单项选择题，请直接给出正确答案的选项。\n\nchinese_history dev 0：天空是什么颜色？\nA. 蓝\n"
+    )
+    assert choice.main(MMLU(str(toys / "a"), data=cmmlu, out=tmp_path / "out", json=True)) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert [*figures][1:5] == ["STEM", "Humanities", "Other", "China specific"]
+    assert figures["China specific"] == figures["Humanities"] == figures["  chinese_history"]
+    (cmmlu / "dev" / "agronomy.csv").unlink()
+    with pytest.raises(ValueError, match=r"dev/agronomy.csv with the examples is missing"):
+        read(cmmlu, 5)
+
+
+def test_a_set_is_known_by_its_subjects() -> None:
+    """Prevents groups and names of another set, for many subjects are in two or three."""
+    for name, told in choice.KNOWN.items():
+        every = sorted({subject for group in told["groups"].values() for subject in group})
+        assert {choice.set_of(every, lang, ends) for lang in ("en", "zh") for ends in (True, False)} == {name}
+    both = ["high_school_physics"]
+    assert [choice.set_of(both, "zh", ends) for ends in (True, False)] == ["ceval", "cmmlu"]
+    assert choice.set_of(["anatomy"], "en", True) == "mmlu" and choice.set_of(["anatomy", "x", "y"], "en", True) == ""
 
 
 # ---------------------------------------------------------------- prompts
@@ -130,12 +228,16 @@ def test_what_is_missing_is_named_with_where_to_get_it(mmlu: Path, tmp_path: Pat
 def test_a_prompt_by_hand() -> None:
     """Prevents a template that is nearly that of others: one blank more, and scores are not theirs."""
     first, second = questions_of(QUESTIONS)
-    assert plain([first], first, "en") == (
+    assert plain([first], first, EN) == (
         "The following are multiple choice questions (with answers) about high school x.\n\n"
         "What is 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n"
         "What is 1+1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
     )
-    assert plain([], second, "zh").endswith("？\nA. 蓝\nB. 绿\nC. 红\nD. 黑\n答案：")
+    assert plain([second], second, choice.Set({}, "zh", "cmmlu")) == (
+        "以下是关于high school x的单项选择题，请直接给出正确答案的选项。\n\n"
+        "天空是什么颜色？\nA. 蓝\nB. 绿\nC. 红\nD. 黑\n答案： A\n\n"
+        "天空是什么颜色？\nA. 蓝\nB. 绿\nC. 红\nD. 黑\n答案："
+    )
 
 
 def questions_of(rows: list[Any]) -> list[choice.Question]:
@@ -151,7 +253,7 @@ def test_each_example_is_a_turn(toys: Path) -> None:
     """Prevents examples inside a question, and a letter that is scored with the marker behind it."""
     first, second = questions_of(QUESTIONS)
     who = subject(toys / "a")
-    shots, found = continuations([first, first], second, who, "en", True)
+    shots, found = continuations([first, first], second, who, EN, True)
     said = [who.tokens.decode([*each.prompt, *each.answer], markers=True) for each in found]
     assert shots == 2 and said[0][:-1] == said[3][:-1] and [each[-1] for each in said] == list("ABCD")
     assert said[0].count("<|Human|>") == 3 and said[0].count("The following are") == 1
@@ -163,7 +265,7 @@ def test_each_example_is_a_turn(toys: Path) -> None:
 def test_a_model_that_knows_tags_is_asked_for_the_best(toys: Path) -> None:
     """Prevents likelihoods of a model of `moss train pat` in a way in which nobody uses it."""
     (question, _), who = questions_of(QUESTIONS), replace(subject(toys / "a"), quality=100)
-    _, found = continuations([question], question, who, "en", True)
+    _, found = continuations([question], question, who, EN, True)
     said = who.tokens.decode([*found[0].prompt, *found[0].answer], markers=True)
     assert said.endswith("<|MOSS|>: <quality: 100> A") and said.count("quality") == 1
 
@@ -173,11 +275,11 @@ def test_examples_that_do_not_fit_are_left_out(toys: Path) -> None:
     first, second = questions_of(QUESTIONS)
     who = subject(toys / "base")
     long = replace(first, text="z9 " * 400)
-    shots, found = continuations([long, long, first], second, who, "en", False)
+    shots, found = continuations([long, long, first], second, who, EN, False)
     assert shots == 2 and len(found[0].prompt) + 1 <= 2048
     assert who.tokens.decode(found[0].prompt).startswith("The following")
     with pytest.raises(ValueError, match=r"high_school_x/0 alone takes more than the 2048 tokens"):
-        continuations([], replace(first, text="z9 " * 999), who, "en", False)
+        continuations([], replace(first, text="z9 " * 999), who, EN, False)
 
 
 # ---------------------------------------------------------------- scores
@@ -204,8 +306,8 @@ def test_scores_choice_and_accuracy(toys: Path, mmlu: Path, tmp_path: Path, caps
     asked = read(mmlu, 1)
     for row in rows:
         subject, _, number = row["id"].partition("/")
-        examples, found = asked[subject]
-        expected = by_hand(toys / "base", plain(examples, found[int(number)], "en"), [" A", " B", " C", " D"])
+        examples, found = asked.subjects[subject]
+        expected = by_hand(toys / "base", plain(examples, found[int(number)], asked), [" A", " B", " C", " D"])
         assert row["scores"] == pytest.approx(expected, rel=1e-4)
         assert row["choice"] == "ABCD"[expected.index(max(expected))] and row["answer"] == "B"
     right = [row["choice"] == "B" for row in rows]
@@ -340,7 +442,8 @@ def test_real_sets_are_read() -> None:
     """Prevents a reader for files that nobody has."""
     data = Path(os.environ["MOSS_TEST_DATA"])
     asked = read(data / "mmlu", 5)
-    assert len(asked) == 6 and all(len(examples) == 5 and len(found) > 90 for examples, found in asked.values())
+    assert len(asked.subjects) == 6 and asked.name == "mmlu"
+    assert all(len(examples) == 5 and len(found) > 90 for examples, found in asked.subjects.values())
     assert len(truthful.read(data / "TruthfulQA.csv")) > 100
 
 
