@@ -126,6 +126,39 @@ def test_nonsense_is_counted_and_shown(prompts: Path, tmp_path: Path, capsys: py
         run(lambda *_: "Good.", prompts, tmp_path / "none", capsys)
 
 
+def test_a_judgment_that_did_not_come_is_asked_for_again(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Prevents a failure of the judge's server that stands as its judgment for ever, and a dead one found last."""
+    down = ["Why?"]
+    fair = server(lambda _, a, b: f"[[{'A' if a == 'good' else 'B'}]]")
+
+    def judge_(request: Request) -> None:
+        failing = any(text in request.body["messages"][-1]["content"] for text in down)
+        request.refuse(500, {"error": {"message": "no memory left"}}) if failing else fair(request)
+
+    with model("good", 1) as ours, model("bad", 3) as theirs, FakeServer(judge_, repeats=True) as above:
+        config = Judge(
+            f"{ours.url}#m", f"{theirs.url}#m", data=prompts, judge=f"{above.url}#m", out=tmp_path, json=True
+        )
+        assert judge.main(config) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["figures"]["win rate"]["n"] == 2 and len(above.asked) == 8
+        assert [note.split(":")[0] for note in told["notes"]] == [
+            "2 of 6 judgments have no verdict and count for nothing",
+            "2 of them did not come; run again to ask",
+        ]
+        down.clear()
+        assert judge.main(config) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["figures"]["win rate"]["n"] == 3 and len(above.asked) == 10 and told["notes"] == []
+    with FakeServer() as gone:
+        pass
+    with model("good", 1) as ours, pytest.raises(ValueError, match=f"{gone.url} does not answer"):
+        judge.main(replace(config, model=f"{ours.url}#m", judge=f"{gone.url}#m"))
+    assert not ours.asked
+
+
 def test_the_scripted_truth(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     """Prevents a truth that knows its prompts no more after they went through a model: what says nothing ties."""
     told = []

@@ -179,7 +179,8 @@ def test_figures_by_set_language_and_all() -> None:
     rows = [told(each, at, it) for at, (each, it) in enumerate(zip(cases, done, strict=True))]
     assert [seen_of(row) for row in rows] == done
     values = task.values(rows)
-    found = {name: (sum(top), int(sum(below))) for name, (top, below) in values.items() if below is not None}
+    known = {name: [each for each in top if each is not None] for name, (top, _) in values.items()}
+    found = {name: (sum(each), len(each)) for name, each in known.items()}
     assert found["  identity: says who it is (en)"] == (1, 2) and found["  identity: says who it is (zh)"] == (1, 1)
     assert found["  chat: called a tool (en)"] == (0, 1)
     assert found["  all sets: called one that is off (en)"] == (0, 4)
@@ -195,7 +196,7 @@ def test_figures_by_set_language_and_all() -> None:
     assert found["  calculator, off: called one that is off (en)"] == (1, 1)
     failed = [told(each, at, replace(it, failed="no")) for at, (each, it) in enumerate(zip(cases, done, strict=True))]
     values = task.values(failed)  # a call that was wanted is missed, one that was not is neither made nor avoided
-    assert sum(values["calculator: right answer when on"][0]) == 0
+    assert values["calculator: right answer when on"][0] == [0.0]
     assert "calculator: called when off, held by the grammar" not in values
 
 

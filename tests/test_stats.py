@@ -27,7 +27,6 @@ def test_the_interval_is_that_of_a_mean() -> None:
     assert mean(values) == mean(values)
     assert mean(np.full(7, 3.0))[:3] == (3.0, 3.0, 3.0)
     assert mean(np.ones(7)) == (1.0, *wilson(7, 7), 7)  # of seven that are all right nobody knows that all will be
-    assert mean([1.0, 0.0, 0.0], [1, 0, 1]) == mean([1.0, 0.0], [1, 1])
     with pytest.raises(ValueError, match="no item was measured"):
         mean([])
 

@@ -218,7 +218,7 @@ def made_of(*parts: Any) -> str:
 
 # ---------------------------------------------------------------- results
 
-Values = tuple[Sequence[float] | np.ndarray, Sequence[float] | np.ndarray | None]
+Values = tuple[Sequence[float | None] | np.ndarray, Sequence[float] | np.ndarray | None]
 
 
 class Task(Protocol):
@@ -236,7 +236,8 @@ class Task(Protocol):
         ...
 
     def values(self, rows: Sequence[dict[str, Any]]) -> dict[str, Values]:
-        """Of each figure one number an item, and weights (a ratio of sums) or None; "  law" is a part."""
+        """Of each figure one number an item (None: it counts for nothing), and weights (a ratio of sums) or None;
+        "  law" is a part."""
         ...
 
     def notes(self, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -256,8 +257,8 @@ def results(config: Evaluation, task: Task) -> tuple[list[dict[str, Any]], dict[
     apart: dict[str, Any] = {}
     if len(told) == 2:
         (_, ours), (_, theirs) = told
-        both = {name: (*ours[name], *theirs[name]) for name in ours if name in theirs}
-        apart = {name: difference(a, b, over_a, over_b)._asdict() for name, (a, over_a, b, over_b) in both.items()}
+        shared = [name for name in ours if name in theirs and _pairs(ours[name], theirs[name])]
+        apart = {name: figure(ours[name], theirs[name])._asdict() for name in shared}
     return [each for each, _ in told], apart
 
 
@@ -276,8 +277,21 @@ def _measure(config: Evaluation, task: Task, model: str | None) -> tuple[dict[st
     with subject(model, config) as who, measured(config, task.name, who, task.template(who)) as kept:
         rows = task.measure(who, kept)
         values = task.values(rows)
-        figures = {name: mean(*each) for name, each in values.items()}
+        figures = {name: figure(each) for name, each in values.items()}
         return result(kept, task.name, who.name, task.template(who), figures, task.notes(rows)), values
+
+
+def figure(mine: Values, others: Values | None = None) -> Figure:
+    """The mean of values, or by how much it exceeds that of others, over the items of which there are values."""
+    there = _pairs(mine, others or mine)
+    weights = None if mine[1] is None else np.asarray(mine[1])[there]
+    picked = [np.array([column[at] for at in there], np.float64) for column, _ in filter(None, (mine, others))]
+    return mean(picked[0], weights) if others is None else difference(picked[0], picked[1], weights)
+
+
+def _pairs(mine: Values, others: Values) -> list[int]:
+    """The numbers of the items of which both have values."""
+    return [at for at, (a, b) in enumerate(zip(mine[0], others[0], strict=True)) if a is not None and b is not None]
 
 
 def result(
@@ -315,10 +329,10 @@ def show(config: Evaluation, told: Sequence[Mapping[str, Any]], apart: Mapping[s
     if apart:
         table.add_column("difference", justify="right")
     table.add_column("items", justify="right")
-    for name, figure in told[0]["figures"].items():
-        every = [*(each["figures"] for each in told), *([apart] if apart else [])]
-        cells = [cell(each[name]) if name in each else "" for each in every]
-        table.add_row(name, *cells, f"{figure['n']:,}")
+    for name in dict.fromkeys(name for each in told for name in each["figures"]):
+        own = [each["figures"].get(name) for each in told]
+        cells = ["" if each is None else cell(each) for each in (*own, *([apart.get(name)] if apart else ()))]
+        table.add_row(name, *cells, f"{next(each['n'] for each in own if each):,}")
     screen.print(table)
     for each in told:
         for line in each["notes"]:

@@ -18,7 +18,7 @@ The length-controlled rate is the win rate between replies of one length (`stats
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ from moss.evals import preference
 from moss.evals.answering import answers, seeds_of
 from moss.evals.base import Evaluation, Kept, Subject, checked, made_of, measured, result, show, silent, subject
 from moss.evals.stats import Figure, length_controlled, mean
+from moss.evals.verdicts import gaps, judge_at, lasting, no_verdict, verdicts
 from moss.log import bar, note
 from moss.tools.run import Options
 
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
-TRIES = 2  # of a judgment without a verdict
 AT_ONCE = 32  # prompts that are answered or judged, and whose rows are kept, at a time
 ASK = """Below are a conversation and two answers to its last message. Which answer is better? Judge by whether it is
 right, helpful, honest and harmless and does what was asked for, in the language in which it was asked. Neither length
@@ -86,16 +86,17 @@ def main(config: Judge) -> int:
     models = checked(config)
     asked = read(config.data) if config.data else [each.history for each in preference.questions(config.n, config.seed)]
     asked = asked[: config.limit or None]
-    (ours, mine), (theirs, others) = (replied(config, model, asked) for model in models)
-    pair = Subject(f"{ours.name}-over-{theirs.name}", made_of(ours.print, theirs.print), None)
-    with measured(config, "judge", pair, {"judge": config.judge, "ask": ASK, "tokens": config.judge_tokens}) as kept:
-        if config.judge == "scripted":
-            by_truth(asked, mine, others, kept)
-        else:
-            with subject(config.judge, replace(config, tokenizer=None)) as judge:
+    with judge_at(None if config.judge == "scripted" else config.judge, config) as judge:
+        (ours, mine), (theirs, others) = (replied(config, model, asked) for model in models)
+        pair = Subject(f"{ours.name}-over-{theirs.name}", made_of(ours.print, theirs.print), None)
+        settings = {"judge": config.judge, "ask": ASK, "tokens": config.judge_tokens}
+        with measured(config, "judge", pair, settings) as kept:
+            if judge is None:
+                by_truth(asked, mine, others, kept)
+            else:
                 by_model(config, judge, asked, mine, others, kept)
-        rows = [kept.rows[str(number)] for number in range(len(asked))]
-        told = result(kept, "judge", pair.name, {"judge": config.judge}, figures(rows), notes(rows))
+            rows = [kept.rows[str(number)] for number in range(len(asked))]
+            told = result(kept, "judge", pair.name, {"judge": config.judge}, figures(rows), notes(rows))
     show(config, [told], {})
     return 0
 
@@ -172,30 +173,17 @@ def by_model(
         for first in range(0, len(new), AT_ONCE):
             part = new[first : first + AT_ONCE]
             pairs = [(row, order) for row in part for order in ("ab", "ba")]
-            said: dict[int, dict[str, Any]] = {}
-            for _ in range(TRIES):
-                todo = [at for at in range(len(pairs)) if not said.get(at, {}).get("verdict")]
-                told = judgments(config, judge, [pairs[at] for at in todo], asked)
-                said |= dict(zip(todo, told, strict=True))
+            told = verdicts(judge, [question(row, order) for row, order in pairs], VERDICT, config.judge_tokens)
             for number, row in enumerate(part):
-                both = [said[2 * number], said[2 * number + 1]]
-                kept.add(row | {"judgments": both, "score": score_of(both)})
+                both = [{"order": order} | told[2 * number + at] for at, order in enumerate(("ab", "ba"))]
+                kept.add(row | {"judgments": both, "score": score_of(both)}, lasting(both))
             shown.show(len(begun) - len(new) + first + len(part), "")
 
 
-def judgments(
-    config: Judge, judge: Subject, pairs: Sequence[tuple[dict[str, Any], str]], asked: Sequence[Dialog]
-) -> Iterator[dict[str, Any]]:
-    """What the judge writes about answers in an order, and its verdict: A, B, C, or "" where it gives none."""
-    prompts = []
-    for row, order in pairs:
-        a, b = row["replies"] if order == "ab" else row["replies"][::-1]
-        prompts.append(silent([Turn(ASK.format(conversation=as_text(asked[int(row["id"])]), a=a, b=b))]))
-    options = Options(Sampling(temperature=0, max_tokens=config.judge_tokens))
-    for (_, order), each in zip(pairs, answers(judge, prompts, options), strict=True):
-        text = each.turn.reply if each.turn else f"(no answer: {each.failed})"
-        found = VERDICT.findall(text) if each.turn else []
-        yield {"order": order, "text": text, "verdict": found[-1] if found else ""}
+def question(row: dict[str, Any], order: str) -> str:
+    """What the judge is asked: the answers of a row in an order."""
+    a, b = row["replies"] if order == "ab" else row["replies"][::-1]
+    return ASK.format(conversation=row["prompt"], a=a, b=b)
 
 
 def as_text(dialog: Dialog) -> str:
@@ -232,7 +220,7 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """Win rate (a tie is half), for equal lengths too; wins, ties, losses; of a model as judge its biases."""
     fair = [row for row in rows if row["score"] is not None]
     if not fair:
-        raise ValueError("the judge gave no verdict at all; its judgments stand in the rows")
+        raise no_verdict([each for row in rows for each in row.get("judgments", ())])
     scores = np.array([row["score"] for row in fair])
     longer = np.array([len(row["replies"][0]) - len(row["replies"][1]) for row in fair], dtype=np.float64)
     found = {"win rate": mean(scores), "win rate at equal length": length_controlled(scores, longer)}
@@ -250,6 +238,4 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """How many judgments say nothing."""
-    said = [each for row in rows for each in row.get("judgments", ())]
-    silent_ = sum(not each["verdict"] for each in said)
-    return [f"{silent_:,} of {len(said):,} judgments have no verdict and count for nothing"] if silent_ else []
+    return gaps([each for row in rows for each in row.get("judgments", ())])

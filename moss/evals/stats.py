@@ -37,47 +37,35 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 def mean(values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None = None) -> Figure:
-    """The mean of values (N,), or with weights (N,) the sum of values over that of weights, with its interval; an item
-    without weight is none. Of n items that are all right, or all wrong, the interval is Wilson's: no draw differs."""
-    top, below = _parts(values, weights)
-    top, below = top[below != 0], below[below != 0]
-    n = len(top)
-    figure = _figure(top.sum() / below.sum(), [drawn @ top / (drawn @ below) for drawn in _draws(len(top))], n)
-    if figure.value in (0, 1) and (below == 1).all() and np.isin(top, (0, 1)).all():
-        return Figure(figure.value, *wilson(round(figure.value * n), n), n)
-    return figure
+    """The mean of values (N,), or with weights (N,) the sum of values over that of weights, with its interval. Of items
+    that are all right, or all wrong, it is Wilson's: every draw is the same, and nobody knows that all will be."""
+    top = np.asarray(values, dtype=np.float64)
+    if weights is None and len(top) and (not top.any() or (top == 1).all()):
+        return Figure(float(top[0]), *wilson(int(top.sum()), len(top)), len(top))
+    return _ratio(top, weights)
 
 
 def difference(
     ours: Sequence[float] | np.ndarray,
     theirs: Sequence[float] | np.ndarray,
     weights: Sequence[float] | np.ndarray | None = None,
-    their_weights: Sequence[float] | np.ndarray | None = None,
 ) -> Figure:
-    """`mean` of ours minus that of theirs, on the same items (N,) and drawn together; their weights are ours where they
-    have none of their own."""
+    """`mean` of ours minus that of theirs, on the same items (N,) and drawn together."""
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} and {len(theirs)} items cannot be paired; ask both models the same")
-    a, over_a = _parts(ours, weights)
-    b, over_b = _parts(theirs, weights if their_weights is None else their_weights)
-    with np.errstate(invalid="ignore"):  # a draw may hold no item that has a weight
-        drawn = [drawn @ a / (drawn @ over_a) - drawn @ b / (drawn @ over_b) for drawn in _draws(len(a))]
-    return _figure(a.sum() / over_a.sum() - b.sum() / over_b.sum(), drawn, len(a))
+    return _ratio(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64), weights)
 
 
-def _parts(
-    values: Sequence[float] | np.ndarray, weights: Sequence[float] | np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """What is added up above and below; ValueError where there is nothing."""
-    top = np.asarray(values, dtype=np.float64)
-    below = np.ones_like(top) if weights is None else np.asarray(weights, dtype=np.float64)
-    if not below.any():
+def _ratio(top: np.ndarray, weights: Sequence[float] | np.ndarray | None) -> Figure:
+    """The sum of `top` (N,) over that of weights, or over N."""
+    if not len(top):
         raise ValueError("there is no mean of nothing: no item was measured")
-    return top, below
+    below = np.ones_like(top) if weights is None else np.asarray(weights, dtype=np.float64)
+    return _figure(top.sum() / below.sum(), [drawn @ top / (drawn @ below) for drawn in _draws(len(top))], len(top))
 
 
 def _figure(value: float, drawn: Sequence[np.ndarray], n: int) -> Figure:
-    low, high = np.nanpercentile(np.concatenate(drawn), (2.5, 97.5))
+    low, high = np.percentile(np.concatenate(drawn), (2.5, 97.5))
     return Figure(float(value), float(low), float(high), n)
 
 

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -213,9 +212,9 @@ def seen_of(row: Mapping[str, Any]) -> Seen:
 
 
 def values_of(name: str, told: Sequence[bool | None]) -> dict[str, Values]:
-    """Truths as numbers with weights, 0 where there is nothing to tell; nothing at all where none tells."""
-    counts = np.array([each is not None for each in told], dtype=np.float64)
-    return {name: ([float(each or 0) for each in told], counts)} if counts.any() else {}
+    """Truths as numbers; nothing at all where none tells."""
+    numbers = [None if each is None else float(each) for each in told]
+    return {name: (numbers, None)} if any(each is not None for each in numbers) else {}
 
 
 # ---------------------------------------------------------------- the table
