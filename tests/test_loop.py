@@ -6,9 +6,12 @@ import itertools
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from moss import dist
 from moss.data.pack import Packed, Rows
+from moss.engine import Sampling
+from moss.evals import choice, perplexity
+from moss.evals.answering import continued
+from moss.evals.base import Kept, Subject, Task
+from moss.evals.likelihood import Continuation, likelihoods
 from moss.log import RunLog, read
 from moss.model import Decoder, ModelConfig
 from moss.optim import make_optimizer
-from moss.train import loop
+from moss.tokenizer import Tokenizer
+from moss.train import launch, loop
 from moss.train.loss import cross_entropy, next_token
 from moss.train.machine import compile_blocks, to_device
+from moss.train.sft import SFT
+from tests.test_tokenizer import bare
 
 ROOT = Path(__file__).parent.parent
 
@@ -214,6 +226,94 @@ def test_looking_at_held_out_data_changes_nothing() -> None:
     _, plain = trained(6)
     _, watched = trained(6, validate=lambda net: {"loss": 1.0}, save_every=2)
     assert watched == plain
+
+
+WHO = Tokenizer(bare("What is 1+1? Answer: A B C D, and so on"))
+Evaluation = Callable[[Decoder], object]  # of the model that is being trained
+
+
+def held_out(net: Decoder) -> object:
+    """The validation of `--valid`."""
+    config = SFT(length=32, batch_tokens=128)
+    return launch.mean_loss(Packed(counting_rows(9, seed=1), 32), next_token, config)(net)
+
+
+def likelihood(net: Decoder) -> object:
+    """Log-probabilities with a beginning in common, and of an answer of several ids."""
+    asked = [Continuation([*range(20), 3], [5]), Continuation([*range(20), 4], [6, 7]), Continuation([9], [2])]
+    return likelihoods(net, asked)
+
+
+def perplexity_of(net: Decoder) -> object:
+    """`moss eval perplexity`."""
+    pieces = [perplexity.Piece(f"x/{number}/0", "en", "What is it? " * 20, ()) for number in range(2)]
+    return by_task(perplexity.Prediction(perplexity.Perplexity(), pieces), net)
+
+
+def choice_of(net: Decoder) -> object:
+    """`moss eval mmlu`."""
+    asked = [choice.Question("x", number, "What is 1+1?", ("1", "2", "3", "4"), number) for number in range(4)]
+    found = choice.Set({"x": (asked[:2], asked)}, "en")
+    return by_task(choice.Choice(choice.MMLU(shots=2), found), net)
+
+
+def drawn(net: Decoder) -> object:
+    """What the model says, at a temperature."""
+    sampling = Sampling(temperature=1, max_tokens=8)
+    return list(continued(Subject("live", "", WHO, net), [WHO.encode("What is")] * 3, sampling, [1, 2, 3]))
+
+
+def by_task(task: Task, net: Decoder) -> object:
+    """The rows of a task of `moss eval`, of the model as it stands in memory."""
+    with tempfile.TemporaryDirectory() as folder, Path(folder, "rows.jsonl").open("w", encoding="utf-8") as file:
+        return task.measure(Subject("live", "", WHO, net), Kept(Path(folder), {}, file))
+
+
+def left_behind(every: int, evaluation: Evaluation | None, dtype: torch.dtype) -> dict[str, Any]:
+    """All that five steps leave, to the bit, with an evaluation after each `every` of them and at the end."""
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(7)
+    _, batches = model_and_batches()
+    model, losses = Decoder(ModelConfig.from_depth(1, WHO.vocab_size, 512)), list[float]()
+    model.init_weights(0)
+    net = loop.computing_copy(model, dtype)
+    optimizer = make_optimizer(model, lr=3e-3, weight_decay=0.1, muon=True)
+    seen = list[object]()
+
+    def validate(net: Decoder) -> dict[str, float]:
+        assert evaluation is not None
+        seen.append(evaluation(net))
+        return {}
+
+    hooks = loop.Hooks(save_every=every, validate=validate if evaluation else None, log=Recorder(losses))  # type: ignore[arg-type]
+    loop.run(model, batches, next_token, optimizer, lambda step: 1.0, steps=5, state=loop.State(), net=net, hooks=hooks)
+    assert len(seen) == {1: 5, 2: 3, 0: 1}[every] * (evaluation is not None) and all(seen)
+    tensors = {"state": optimizer.state_dict(), "weights": model.state_dict(), "computing": net.state_dict()}
+    tensors |= {"buffers": dict(net.named_buffers()), "random": torch.get_rng_state()}
+    flat = {
+        keystr(path): leaf.view(torch.uint8).tolist() if isinstance(leaf, torch.Tensor) and leaf.ndim else leaf
+        for path, leaf in tree_flatten_with_path(tensors)[0]
+    }
+    return {
+        "losses": losses,
+        "flags": [(each.requires_grad, each.grad is None) for own in (model, net) for each in own.parameters()],
+        "modes": [module.training for own in (model, net) for module in own.modules()],
+        "settings": (torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_dtype()),
+        "numpy": [*map(str, np.random.get_state())],
+        "python": random.getstate(),
+    } | flat
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("evaluation", [held_out, likelihood, perplexity_of, choice_of, drawn])
+def test_an_evaluation_on_the_way_changes_nothing(evaluation: Evaluation, dtype: torch.dtype) -> None:
+    """Prevents a model that learns otherwise because it is looked at: a mode that is left on, gradients that are
+    switched off, a random number that is drawn, weights that are touched; after each step, some and none."""
+    plain = left_behind(0, None, dtype)
+    assert len(plain["losses"]) == 5 and len(plain) > 20
+    for every in (1, 2, 0):
+        watched = left_behind(every, evaluation, dtype)
+        assert [name for name in plain if plain[name] != watched[name]] == [] and plain.keys() == watched.keys()
 
 
 def test_a_step_without_anything_to_learn_is_an_error() -> None:

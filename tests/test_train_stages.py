@@ -705,6 +705,20 @@ def test_validation_takes_no_more_rows_at_a_time_than_memory_allows(made: Path) 
     assert max(sizes) == launch.AT_ONCE and sum(sizes) == len(data) * 256
 
 
+def test_validation_changes_nothing(made: Path, tmp_path: Path) -> None:
+    """Prevents weights, an optimizer or a random state that tell whether and how often held-out data was looked at."""
+    files = ("model.safetensors", "optimizer/state.pt")  # with the random state and where the data stands
+    found = []
+    for every, valid in ((0, []), (1, ["chat.jsonl"]), (2, ["chat.jsonl"]), (0, ["chat.jsonl"])):
+        torch.manual_seed(7)
+        out, held_out = tmp_path / f"{every}-{len(valid)}", [made / name for name in valid]
+        assert sft.main(sft_config(made, out=out, steps=4, valid=held_out, save_every=every or 99)) == 0
+        found.append([(out / "step-000004" / name).read_bytes() for name in files])
+        steps = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        assert sum("valid" in each for each in steps) == (len(valid) and {0: 1, 1: 4, 2: 2}[every])
+    assert found[0] == found[1] == found[2] == found[3]
+
+
 def test_a_run_goes_on_from_a_model_of_its_own_size_only(made: Path, tmp_path: Path) -> None:
     """`--resume --model OTHER` went on with the old weights and wrote the other's name into moss.json."""
     assert sft.main(sft_config(made, out=tmp_path / "run", steps=1)) == 0

@@ -71,7 +71,7 @@ class Engine:
         deterministic: bool = False,
         lookup: bool | None = None,
     ) -> None:
-        self.model, self.config = model.eval(), model.config
+        self.model, self.config = model, model.config
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         large = sum(each.nbytes for each in (*model.parameters(), *model.buffers())) >= LOOKUP_BYTES
