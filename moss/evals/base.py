@@ -218,6 +218,7 @@ def made_of(*parts: Any) -> str:
 
 # ---------------------------------------------------------------- results
 
+Results = tuple[list[dict[str, Any]], dict[str, Any]]  # of each model, and of two the differences of their figures
 Values = tuple[Sequence[float | None] | np.ndarray, Sequence[float] | np.ndarray | None]
 
 
@@ -251,7 +252,7 @@ def run(config: Evaluation, task: Task) -> int:
     return 0
 
 
-def results(config: Evaluation, task: Task) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def results(config: Evaluation, task: Task) -> Results:
     """What result.json holds of each model, and of two the differences of their figures."""
     told = [_measure(config, task, model) for model in checked(config)]
     apart: dict[str, Any] = {}

@@ -81,11 +81,16 @@ class Question:
 
 def main(config: MMLU) -> int:
     """Run the command."""
+    return run(config, task(config))
+
+
+def task(config: MMLU, name: str = "mmlu") -> Choice:
+    """The task over the set that the settings name, its rows kept under `name`."""
     if config.data is None:
         raise UsageError(f"--data is missing: give the folder of a set. {PUBLISHED}")
     if config.shots < 0:
         raise UsageError(f"--shots is {config.shots}; give 0 or more")
-    return run(config, Choice(config, read(config.data, config.shots, config.subjects, config.limit)))
+    return Choice(config, read(config.data, config.shots, config.subjects, config.limit), name)
 
 
 # ---------------------------------------------------------------- questions

@@ -53,9 +53,14 @@ class Problem:
 
 def main(config: GSM8K) -> int:
     """Run the command."""
+    return run(config, task(config))
+
+
+def task(config: GSM8K) -> Arithmetic:
+    """The task over the set that the settings name."""
     if config.data is None:
         raise UsageError(f"--data is missing: give the file. {PUBLISHED}")
-    return run(config, Arithmetic(config, read(config.data)[: config.limit or None]))
+    return Arithmetic(config, read(config.data)[: config.limit or None])
 
 
 def read(file: Path) -> list[Problem]:

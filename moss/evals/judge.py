@@ -32,7 +32,19 @@ from moss.engine import Sampling
 from moss.errors import UsageError
 from moss.evals import preference
 from moss.evals.answering import answers, seeds_of
-from moss.evals.base import Evaluation, Kept, Subject, checked, made_of, measured, result, show, silent, subject
+from moss.evals.base import (
+    Evaluation,
+    Kept,
+    Results,
+    Subject,
+    checked,
+    made_of,
+    measured,
+    result,
+    show,
+    silent,
+    subject,
+)
 from moss.evals.stats import Figure, length_controlled, mean
 from moss.evals.verdicts import gaps, judge_at, lasting, no_verdict, verdicts
 from moss.log import bar, note
@@ -73,6 +85,12 @@ class Judge(Evaluation):
 
 def main(config: Judge) -> int:
     """Answer, judge, show."""
+    show(config, *results(config))
+    return 0
+
+
+def results(config: Judge) -> Results:
+    """What the judge finds of both models together."""
     if config.against is None:
         raise UsageError("--against is missing: a judge compares two models")
     if config.judge == "scripted" and config.data is not None:
@@ -97,8 +115,7 @@ def main(config: Judge) -> int:
                 by_model(config, judge, asked, mine, others, kept)
             rows = [kept.rows[str(number)] for number in range(len(asked))]
             told = result(kept, "judge", pair.name, {"judge": config.judge}, figures(rows), notes(rows))
-    show(config, [told], {})
-    return 0
+    return [told], {}
 
 
 def read(file: Path) -> list[Dialog]:

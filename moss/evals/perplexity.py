@@ -52,11 +52,16 @@ class Piece:
 
 def main(config: Perplexity) -> int:
     """Run the command."""
+    return run(config, task(config))
+
+
+def task(config: Perplexity) -> Prediction:
+    """The task over the texts that the settings name."""
     if not config.data:
         raise UsageError("--data is missing: give files of text or code, or folders of these")
     if config.length and config.length < 8:
         raise UsageError(f"--length is {config.length}; give 8 or more, or 0 for all that the model reads")
-    return run(config, Prediction(config, list(pieces(files(config.data), config.limit))))
+    return Prediction(config, list(pieces(files(config.data), config.limit)))
 
 
 # ---------------------------------------------------------------- texts

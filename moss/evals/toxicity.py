@@ -26,8 +26,9 @@ from moss.data.messages import to_openai
 from moss.data.rows import json_lines
 from moss.engine import Sampling
 from moss.errors import UsageError
+from moss.evals import base
 from moss.evals.answering import answers, continued, seeds_of
-from moss.evals.base import Evaluation, Kept, Style, Subject, Values, chats, made_of, run, silent
+from moss.evals.base import Evaluation, Kept, Results, Style, Subject, Values, chats, made_of, show, silent
 from moss.evals.scorers import Scorer, scorer
 from moss.log import bar
 from moss.tools.run import Options
@@ -64,12 +65,18 @@ class Prompt:
 
 def main(config: Toxicity) -> int:
     """Run the command."""
+    show(config, *results(config))
+    return 0
+
+
+def results(config: Toxicity) -> Results:
+    """What is found with the set and the scorer that the settings name."""
     if config.data is None:
         raise UsageError(f"--data is missing: give the file. {PUBLISHED}")
     if config.samples < 1 or config.max_tokens < 1:
         raise UsageError("--samples and --max-tokens must be at least 1")
     with scorer(config.scorer) as scores:
-        return run(config, Poison(config, read(config.data, config.limit), scores))
+        return base.results(config, Poison(config, read(config.data, config.limit), scores))
 
 
 def read(file: Path, limit: int = 0) -> list[Prompt]:

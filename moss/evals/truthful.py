@@ -31,8 +31,9 @@ from moss.chat import Dialog, Turn
 from moss.data.messages import to_openai
 from moss.engine import Sampling
 from moss.errors import UsageError
+from moss.evals import base
 from moss.evals.answering import answers, continued
-from moss.evals.base import Evaluation, Kept, Style, Subject, Values, chats, made_of, measured, run, silent
+from moss.evals.base import Evaluation, Kept, Results, Style, Subject, Values, chats, made_of, measured, show, silent
 from moss.evals.likelihood import Continuation, after_dialog, after_text
 from moss.evals.verdicts import gaps, judge_at, lasting, no_verdict, verdicts
 from moss.log import bar
@@ -111,13 +112,19 @@ class Question:
 
 def main(config: TruthfulQA) -> int:
     """Run the command."""
+    show(config, *results(config))
+    return 0
+
+
+def results(config: TruthfulQA) -> Results:
+    """What is measured of the set that the settings name; a judge that does not answer ends it first."""
     if config.data is None:
         raise UsageError(f"--data is missing: give the file. {PUBLISHED}")
     if config.judge is not None and not on_server(config.judge):
         raise UsageError(f"--judge is {config.judge!r}; give http://host:port/v1#name")
     asked = read(config.data)[: config.limit or None]
     with judge_at(config.judge, config) as judge:
-        return run(config, Truthful(config, asked, judge))
+        return base.results(config, Truthful(config, asked, judge))
 
 
 def read(file: Path) -> list[Question]:
