@@ -44,6 +44,7 @@ VERBS = {
     "eval toxicity": "moss.evals.toxicity:Toxicity",
     "eval judge": "moss.evals.judge:Judge",
     "eval gsm8k": "moss.evals.gsm8k:GSM8K",
+    "eval all": "moss.evals.all:All",
     "eval compare": "moss.evals.compare:Compare",
     "eval tools": "moss.evals.tool_use:EvalTools",
     "doctor": "moss.evals.doctor:Doctor",
