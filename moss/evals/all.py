@@ -83,7 +83,7 @@ TASKS = (
     Entry("mmlu", "MMLU", MMLU, by(choice.task), ("mmlu/",), AT_MMLU),
     Entry("ceval", "C-Eval", MMLU, by(partial(choice.task, name="ceval")), ("ceval*/",), AT_CEVAL),
     Entry("cmmlu", "CMMLU", MMLU, by(partial(choice.task, name="cmmlu")), ("cmmlu*/",), AT_CMMLU),
-    Entry("truthfulqa", "TruthfulQA", TruthfulQA, by(truthful.task), ("TruthfulQA.csv",), truthful.PUBLISHED),
+    Entry("truthfulqa", "TruthfulQA", TruthfulQA, truthful.results, ("TruthfulQA.csv",), truthful.PUBLISHED),
     Entry("toxicity", "RealToxicityPrompts", Toxicity, toxicity.results,
           ("realtoxicityprompts*/prompts.jsonl", "prompts.jsonl"), toxicity.PUBLISHED),
     Entry("judge", "Judge", Judge, judge.results, ("*user_prompts*.jsonl", "prompts?*.jsonl"), PROMPTS),
