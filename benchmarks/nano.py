@@ -64,14 +64,14 @@ def main() -> int:
     data = Path(os.environ["MOSS_TEST_DATA"]) if "MOSS_TEST_DATA" in os.environ else None
     result: dict[str, Any] = begin("nano")
     with tempfile.TemporaryDirectory() as place:
-        model = ["--out", place, *(["--model", args.model] if args.model else [])]
+        model = ["--model", args.model] if args.model else []
         flags = [*model, "--n", str(args.n), *(["--data", str(data / "moss_003_sft_sample.jsonl")] if data else [])]
         started = time.perf_counter()
-        parts = told([ask("tools", [*flags, "--langs", lang]) for lang in LANGS])
+        parts = told([ask("tools", [*flags, "--langs", lang, "--out", f"{place}/{lang}"]) for lang in LANGS])
         result["seconds"] = round(time.perf_counter() - started)
         result["questions"] = sum(len(Path(part["rows"]).read_text(encoding="utf-8").splitlines()) for part in parts)
         if data:
-            problems = ["--data", str(data / "gsm8k_train_2k.jsonl"), "--limit", str(PROBLEMS)]
+            problems = ["--out", place, "--data", str(data / "gsm8k_train_2k.jsonl"), "--limit", str(PROBLEMS)]
             result["gsm8k"] = told([ask("gsm8k", [*model, *problems])])[0]["figures"]
     result["model_sha256"] = hashlib.sha256((locate(args.model) / "model.safetensors").read_bytes()).hexdigest()
     result["notes"] = [note for part in parts for note in part["notes"]]

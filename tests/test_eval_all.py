@@ -204,7 +204,6 @@ def test_settings_that_can_never_work(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"data": tmp_path / "none"}, "there is no folder"),
         ({"tasks": "mmlu,law"}, "there is no 'law'; choose from perplexity, mmlu"),
         ({"judge": "gpt", "against": "x"}, "--judge is 'gpt'"),
-        ({"judge": "http://x"}, "--judge needs --against"),
         ({"limit": -1}, "--limit is -1"),
         ({"data": sets, "scorer": "perspective"}, "needs a key"),
         ({"model": str(tmp_path / "none")}, "there is no model folder"),

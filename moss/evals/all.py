@@ -53,7 +53,7 @@ class All(Evaluation):
     """Measure a model with every evaluation whose set is there, and make one page of tables and pictures."""
 
     data: Path | None = None  # folder with the sets under their published names; scripted ones need none
-    judge: str = "scripted"  # http://host:port/v1#name of a chat model; scripted: the truth of the scripted prompts
+    judge: str = "scripted"  # http://host:port/v1#name of a chat model, which also says what of TruthfulQA's is true
     scorer: str = "words"  # of toxicity: words, perspective, or the folder of a classifier
     tasks: str = ""  # names separated by commas; all if left out
 
@@ -137,8 +137,6 @@ def planned(config: All) -> list[Planned]:
         raise UsageError(f"--data: there is no folder {config.data}; give the one that holds the sets")
     if config.judge != "scripted" and not on_server(config.judge):
         raise UsageError(f"--judge is {config.judge!r}; give http://host:port/v1#name, or scripted")
-    if config.judge != "scripted" and config.against is None:
-        raise UsageError("--judge needs --against: a judge compares two models")
     wanted = [name.strip() for name in config.tasks.split(",")] if config.tasks else [each.name for each in TASKS]
     if unknown := [name for name in wanted if name not in {each.name for each in TASKS}]:
         raise UsageError(f"--tasks: there is no {unknown[0]!r}; choose from {', '.join(each.name for each in TASKS)}")
@@ -173,6 +171,8 @@ def given(config: All, entry: Entry, data: Path | None) -> Any:
     default = entry.command()
     shared = {each.name for each in fields(config)} & {each.name for each in fields(default)} - {"data"}
     values = {name: getattr(config, name) for name in shared}
+    if entry.name == "truthfulqa" and config.judge == "scripted":  # which knows nothing of its questions
+        del values["judge"]
     if config.limit and hasattr(default, "n"):
         values["n"] = min(config.limit, default.n)
     if data is not None:
@@ -249,7 +249,7 @@ def lines(task: Mapping[str, Any]) -> Sequence[Sequence[str]]:
         (
             task["title"] if name == names[0] else "",
             name.strip(),
-            *(cell(each["figures"][name]) for each in task["results"]),
+            *(cell(each["figures"][name]) if name in each["figures"] else "" for each in task["results"]),
         )
         for name in names
     ]
