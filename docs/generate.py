@@ -90,6 +90,16 @@ def switches_table() -> str:
     return "\n".join(lines)
 
 
+def human_pairs_table() -> str:
+    """Held-out pairs of people that a scorer orders as they did."""
+    found = result("human_pairs")
+    pairs = sum(fold["pairs"] for fold in found["folds"])
+    lines = [f"| scorer | ordered as people did, of {pairs:,} held-out pairs |", "|---|---|"]
+    for name, (share, low, high) in found["pooled"].items():
+        lines.append(f"| {name} | {share:.1%} ({low:.1%} to {high:.1%}) |")
+    return "\n".join(lines)
+
+
 def harness_table() -> str:
     """Scores and speed of evaluations beside lm-evaluation-harness and a plain loop."""
     found = result("harness")
@@ -251,6 +261,7 @@ TABLES = {
     "nano": nano_table,
     "switches": switches_table,
     "harness": harness_table,
+    "human_pairs": human_pairs_table,
     "speed": speed_table,
     "decode": decode_table,
     "ratios": ratios_table,
