@@ -66,8 +66,8 @@ PICTURES = (
         "hhh",
         "Knowledge, truth and manners",
         "In the manner of the paper's figure 5. The paper asks MMLU with five examples too; on TruthfulQA it counts "
-        "answers that are true and informative, which takes a judge here, while MC1 and MC2 weigh given answers; it does "
-        "not say who scored its toxicity.",
+        "answers that are true and informative, which takes a judge here, while MC1 and MC2 weigh given answers; it "
+        "does not say who scored its toxicity.",
         (
             Panel("mmlu", "MMLU", "right answers; the dashed line is chance", (), 0.25),
             Panel("ceval", "C-Eval", "right answers; the dashed line is chance", ("accuracy",), 0.25),

@@ -232,16 +232,11 @@ def train(
     """
     device = torch.device(pick_device(config.device))
     dtype = pick_dtype(config.dtype, device)
-    rows, own, micro = shares(config)
-    adapted = bool(lora.adapters(model))
+    rows, own, _ = shares(config)
+    job = plan.job_of(stage, config, parts_of(model).values(), data, dtype)
     adaptable = start is None and (stage != "pretrain" or "base" in (extra or {}))
-    job = replace(plan.job_of(stage, config, parts_of(model).values(), data, dtype), adaptable=adaptable)
-    held = plan.held_by(model, device) + sum(job.frozen.values())
-    free = min(dist.gathered(free_memory(str(device)) + held))  # so that all ranks pick alike
-    then = checkpoint.read_info(start).get("micro_rows") if start else None  # the same sums on any machine
-    if then and not config.micro_tokens:
-        job = replace(job, micro_tokens=math.gcd(then, own) * config.length)
-    found = plan.chosen(replace(job, checkpointing=checkpointing), free)
+    job = replace(job, adaptable=adaptable, checkpointing=checkpointing)
+    found, free = fitting(config, job, plan.held_by(model, device), device, start)
     micro, job = found.micro_tokens // config.length, replace(found.job, micro_tokens=found.micro_tokens)
     if not found.fits and config.plan:
         console.print(plan.table(found))
@@ -277,7 +272,7 @@ def train(
         rng = {"cpu": torch.stack(dist.gathered(torch.get_rng_state()))}  # (ranks, its size)
         held = {"optimizer": optimizer.state_dict(), "rng": rng, "data": state_of(data)}
         told = info | {"loop": now.to_json()}
-        keep = partial(keep_adapter, config) if adapted else None
+        keep = partial(keep_adapter, config) if lora.adapters(model) else None
         parts = parts_of(model)
         checkpoint.save(config.out, now.step, parts=parts, tokenizer=tokenizer, state=held, info=told, adapter=keep)
 
@@ -328,6 +323,20 @@ def train(
             note(f"drawn: {report.draw(config.out, stage)}")
         print(result)
     return 0
+
+
+def fitting(
+    config: Run, job: plan.Job, held: float, device: torch.device, start: Path | None
+) -> tuple[plan.Plan, float]:
+    """The micro-batch that fits, and the bytes that are free for the run, `held` bytes of its model among them. A
+    resumed run keeps the one that it had, unless another is asked for: the same sums on any machine."""
+    free = min(
+        dist.gathered(free_memory(str(device)) + held + sum(job.frozen.values()))
+    )  # so that all ranks pick alike
+    then = checkpoint.read_info(start).get("micro_rows") if start else None
+    if then and not config.micro_tokens:
+        job = replace(job, micro_tokens=math.gcd(then, shares(config)[1]) * config.length)
+    return plan.chosen(job, free), free
 
 
 def rehearse(
