@@ -17,6 +17,7 @@ from moss.log import read
 
 COLUMNS = 3
 NOT_DRAWN = {"step", "position", "seconds", "tokens", "learnt", "skipped", "valid"}
+EXACT = {"lr"}  # figures that are no measurement, and are drawn as they are
 SMOOTH = 0.9  # of the running mean that is drawn over a noisy curve
 
 
@@ -45,7 +46,8 @@ def draw(folder: Path, title: str) -> Path:
         axes.set_title(name.replace("_", " "), fontsize=10)
         x, y = points(steps, name)
         if y:
-            axes.plot(x, y, alpha=0.35, linewidth=0.8)
+            axes.plot(x, y, alpha=1.0 if name in EXACT else 0.35, linewidth=0.8)
+        if y and name not in EXACT:
             axes.plot(x, smoothed(y), linewidth=1.6, label="smoothed")
         x, y = points(valid, name)
         if y:
