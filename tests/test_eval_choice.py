@@ -6,6 +6,7 @@ import csv
 import gc
 import json
 import os
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -399,6 +400,25 @@ def test_nothing_is_asked_twice(
         seen.clear()
     write(mmlu / "test/anatomy_test.csv", [QUESTIONS[0]] * 7)
     assert choice.main(config) == 0 and sum(seen) == 7
+
+
+def test_the_same_weights_computed_otherwise_are_another_model(toys: Path, tmp_path: Path) -> None:
+    """Prevents rows of before where the config of a model, or of an adapter, was changed beside the same weights."""
+    shutil.copytree(toys / "a", tmp_path / "a")
+    file = tmp_path / "a" / "config.json"
+    config = json.loads(file.read_text())
+
+    def key() -> str:
+        with base.subject(str(tmp_path / "a"), MMLU()) as who:
+            return who.print
+
+    before = key()
+    file.write_text(json.dumps(config | {"rope_theta": 50.0}))
+    assert key() != before
+    file.write_text(json.dumps(config, indent=2) + "\n")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path / "a")}))
+    assert [each.name for each in base.configs(tmp_path / "lora")] == ["config.json", "adapter_config.json"]
 
 
 def test_the_first_model_is_gone_before_the_second_comes(

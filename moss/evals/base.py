@@ -8,9 +8,10 @@
     return run(config, Task())
 
 Rows stand in `--out`/TASK/MODEL-KEY/rows.jsonl, one JSON object an item, written as they come; KEY is made of the
-weights, the tokenizer, the kind of arithmetic, the task and its template. So the same question is not asked twice of
-the same model, and is never answered from another's rows; and what one row is made of, the ids of its prompt among it,
-has a hash in the row: where an item has changed, it is measured anew. The figures stand beside, in result.json.
+weights, their config, the tokenizer, the kind of arithmetic, the task and its template. So the same question is not
+asked twice of the same model, and is never answered from another's rows; and what one row is made of, the ids of its
+prompt among it, has a hash in the row: where an item has changed, it is measured anew. The figures stand beside, in
+result.json.
 """
 
 from __future__ import annotations
@@ -35,16 +36,17 @@ from moss.engine.remote import RemoteEngine
 from moss.errors import UsageError
 from moss.evals.likelihood import Continuation, likelihoods
 from moss.evals.stats import Figure, difference, mean
-from moss.files import replacing
+from moss.files import replacing, sha256
 from moss.log import note
 from moss.model import Decoder
-from moss.peft import tokenizer_of, weights_sha256
+from moss.peft import CONFIG, base_folder, tokenizer_of, weights_sha256
 from moss.resolve import Device, Dtype, dtype_of, load, locate, on_server, quality
 from moss.tokenizer import Tokenizer
 from moss.tools.chat_server import ChatServer, connect
 
 Style = Literal["auto", "chat", "plain"]
 
+CONFIGS = ("config.json", CONFIG)
 SERVED = 8  # continuations that a server scores at a time
 WIDTH = 120  # of tables where no terminal says how wide it is
 
@@ -133,8 +135,14 @@ def subject(model: str | None, config: Evaluation) -> Iterator[Subject]:
     where = locate(model)
     decoder, tok = load(model, chat=False, dtype=config.dtype, device=config.device)
     kind = f"{dtype_of(decoder)} {decoder.embed.weight.device.type}"
-    told = "".join((weights_sha256(where), tokenizer_of(where).sha256, kind))
+    told = "".join((weights_sha256(where), tokenizer_of(where).sha256, kind, *map(sha256, configs(where))))
     yield Subject(named(model), hashlib.sha256(told.encode()).hexdigest(), tok, decoder, quality=quality(model))
+
+
+def configs(folder: Path) -> list[Path]:
+    """The files that say what is computed with the weights of a model, or of an adapter and its base."""
+    folders = dict.fromkeys((folder, base_folder(folder)))
+    return [file for name in CONFIGS for each in folders if (file := each / name).is_file()]
 
 
 def named(folder: str | None) -> str:
