@@ -14,6 +14,7 @@ import pytest
 from moss.errors import UsageError
 from moss.evals import base, judge
 from moss.evals.judge import Judge, figures, notes, score_of
+from moss.evals.verdicts import verdict_in
 from tests.fake_server import FakeServer, Request, says
 from tests.test_eval_choice import toys  # noqa: F401 (a fixture)
 
@@ -108,6 +109,22 @@ def test_judges_of_known_taste(prompts: Path, tmp_path: Path, capsys: pytest.Cap
     assert found["win rate"] == 0.0 and found["contradicted in the other order"] == 0.0
     found, _, _ = run(lambda *_: "[[C]]", prompts, tmp_path / "4", capsys)
     assert found["tied"] == 1.0 and found["contradicted in the other order"] == 0.0
+
+
+def test_a_verdict_is_one() -> None:
+    """Prevents a tie for a judge that says the question again, and a choice among several."""
+    wanted = judge.VERDICT
+    for text, verdict in (
+        ("[[A]] or [[B]]? Both are right.\n\n[[C]]", "C"),
+        ("**[[B]]**, for it is right. [[B]]", "B"),
+        ("I end with exactly one of\n[[A]], [[B]] or [[C]], where C", ""),
+        ("I waver between [[A]] and [[B]].", ""),
+        ("It is not [[A]] but [[B]].", "B"),
+        ("[[A]]或者[[B]]", ""),
+        ("[[D]]", ""),
+        ("", ""),
+    ):
+        assert verdict_in(text, wanted) == verdict, text
 
 
 def test_nonsense_is_counted_and_shown(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

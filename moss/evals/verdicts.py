@@ -21,6 +21,7 @@ from moss.evals.base import Evaluation, Subject, silent, subject
 from moss.tools.run import Options
 
 TRIES = 2  # of a judgment without a verdict
+JOINED = re.compile(r"[\s,、/*`]*(?:or|and|或者?|和)?[\s*`]*")  # what stands between verdicts that are listed
 
 
 def judge_at(address: str | None, config: Evaluation) -> AbstractContextManager[Subject | None]:
@@ -29,7 +30,7 @@ def judge_at(address: str | None, config: Evaluation) -> AbstractContextManager[
 
 
 def verdicts(judge: Subject, asked: Sequence[str], wanted: re.Pattern[str], max_tokens: int) -> list[dict[str, str]]:
-    """For each question what the judge writes, the last verdict in it or "", and why nothing came or ""."""
+    """For each question what the judge writes, the verdict in it or "", and why nothing came or ""."""
     options = Options(Sampling(temperature=0, max_tokens=max_tokens))
     said = [{"text": "", "verdict": "", "failed": ""} for _ in asked]
     for _ in range(TRIES):
@@ -37,9 +38,19 @@ def verdicts(judge: Subject, asked: Sequence[str], wanted: re.Pattern[str], max_
         told = answers(judge, [silent([Turn(asked[at])]) for at in todo], options)
         for at, each in zip(todo, told, strict=True):
             text = each.turn.reply if each.turn else ""
-            found = wanted.findall(text)
-            said[at] = {"text": text, "verdict": found[-1] if found else "", "failed": each.failed}
+            said[at] = {"text": text, "verdict": verdict_in(text, wanted), "failed": each.failed}
     return said
+
+
+def verdict_in(text: str, wanted: re.Pattern[str]) -> str:
+    """The last verdict in a text; "" where it is one of a list, as in a judge's "I end with [[A]], [[B]] or [[C]]"."""
+    found = list(wanted.finditer(text))
+    if not found:
+        return ""
+    told = found[-1].group(1)
+    before = found[-2] if found[1:] else None
+    listed = before and before.group(1) != told and JOINED.fullmatch(text, before.end(), found[-1].start())
+    return "" if listed else told
 
 
 def lasting(said: Sequence[dict[str, Any]]) -> bool:
