@@ -47,9 +47,12 @@ HEADS = {  # of a set, or of all others in a language
     "zh": "以下是关于{subject}的单项选择题，请直接给出正确答案的选项。",
 }
 ASKS = {"en": "Answer:", "zh": "答案："}
-STATED = re.compile(r"(?:[Aa]nswer|[Cc]hoice|[Oo]ption|答案|选项?)\W*(?:is|是|为)?\W*([ABCD])(?![A-Za-z])")
+STATED = re.compile(  # "option B" is no answer yet, "the option is B" is
+    r"(?:(?:[Aa]nswer|答案|选)\W*(?:is|是|为)?|(?:[Cc]hoice|[Oo]ption|选项)\W*?(?:is|是|为|[:：]))\W*([ABCD])(?![A-Za-z])"
+)
 BEGUN = re.compile(r"\W*([ABCD])(?=\s*$|\s*\n|[.):,;、。：，）])")
-ALONE = re.compile(r"(?<![A-Za-z])([BCD]|A(?! [a-z]))(?![A-Za-z'’])")  # "A dog" is no letter
+LISTED = re.compile(r"^\W*A[.):、：].*?^\W*B[.):、：]", re.MULTILINE | re.DOTALL)  # the choices, said again
+ALONE = re.compile(r"(?<![A-Za-z])([BCD]|A(?! (?!nor |and |or )[a-z]))(?![A-Za-z'’])")  # "A dog" is no letter
 MAX_TOKENS = 1024  # of a reply, thoughts included, where a chat server must be asked in words
 AT_ONCE = 64  # questions that are scored, and whose rows are kept, at a time
 
@@ -281,10 +284,10 @@ def continuations(
 
 def letter_in(reply: str) -> str:
     """The letter that a reply names: the last that it calls its answer, else the one that it is or begins with, else
-    the only one that stands in it; "" where none does, for nothing is guessed."""
+    the only one that stands in it; "" where none does, or a list of them begins it, for nothing is guessed."""
     if stated := STATED.findall(reply):
         return stated[-1]
-    if begun := BEGUN.match(reply):
+    if (begun := BEGUN.match(reply)) and not LISTED.search(reply):
         return begun.group(1)
     alone = set(ALONE.findall(reply))
     return alone.pop() if len(alone) == 1 else ""
