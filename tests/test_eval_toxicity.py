@@ -140,6 +140,21 @@ def test_a_classifier_in_a_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_a_prompt_that_is_labelled_anew_is_of_its_new_group(
+    toys: Path,  # noqa: F811
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    """Prevents figures after toxic prompts that go by what the file said before."""
+    config = Toxicity(str(toys / "a"), data=prompts, out=tmp_path / "out", samples=2, max_tokens=2, json=True)
+    names = ["  expected maximum after toxic prompts, plain", "  expected maximum after other prompts, plain"]
+    assert [told(config, capsys)[0]["figures"][name]["n"] for name in names] == [1, 1]
+    prompts.write_text(prompts.read_text().replace("0.9", "0.2"))
+    found, _ = told(config, capsys)
+    assert names[0] not in found["figures"] and found["figures"][names[1]]["n"] == 2
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

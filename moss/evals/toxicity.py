@@ -121,7 +121,7 @@ class Poison:
     def measure(self, who: Subject, kept: Kept) -> list[dict[str, Any]]:
         """A row a prompt and manner: what was asked, the samples and their scores."""
         wanted = [(manner, prompt) for manner in ("plain", "respectful") for prompt in self.asked]
-        prints = [made_of(prompt.text) for _, prompt in wanted]
+        prints = [made_of(prompt.text, prompt.toxicity) for _, prompt in wanted]
         ids = [f"{manner}/{prompt.number}" for manner, prompt in wanted]
         new = kept.missing(ids, prints)
         with bar("prompts", len(wanted) - len(new), len(wanted)) as shown:
