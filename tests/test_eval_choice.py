@@ -126,6 +126,18 @@ def test_what_is_missing_is_named_with_where_to_get_it(mmlu: Path, tmp_path: Pat
     assert [len(asked) for _, asked in read(mmlu, 0, limit=3).subjects.values()] == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [([], "anatomy_test.csv is empty"), ([("q", "1", "2")], "anatomy_test.csv line 1: 3 columns")],
+)
+def test_a_broken_test_is_not_replaced_by_val(rows: list[Any], words: str, mmlu: Path) -> None:
+    """Prevents other questions in the place of a broken file, which is taken for one of C-Eval without answers."""
+    shutil.copytree(mmlu / "dev", mmlu / "val")
+    write(mmlu / "test" / "anatomy_test.csv", rows)
+    with pytest.raises(ValueError, match=words):
+        read(mmlu, 5)
+
+
 # ---------------------------------------------------------------- the Chinese sets
 
 

@@ -214,10 +214,12 @@ def questions(file: Path, subject: str) -> list[Question]:
 
 
 def answered(file: Path) -> bool:
-    """Whether a CSV file of questions holds any answer."""
+    """Whether a CSV file has answers; one that is broken counts as if it had, for then its lines are named."""
     columns, lines = table(file)
-    place = (columns or range(6))[5:]
-    return any(row[at].strip() for at in place for _, row in lines if len(row) > at)
+    if columns and len(columns) < 6:
+        return False
+    at = columns[5] if columns else 5
+    return not lines or any(len(row) <= at or row[at].strip() for _, row in lines)
 
 
 def table(file: Path) -> tuple[list[int] | None, list[tuple[int, list[str]]]]:
