@@ -44,6 +44,7 @@ def test_figures_by_hand() -> None:
         0.6, abs=0.01
     )
     assert notes(rows) == ["3 of 12 judgments have no verdict and count for nothing"] and notes(rows[:2]) == []
+    assert "judged for the answer that stands first" not in figures([row(0.5, "CC")])  # of ties nobody knows
     with pytest.raises(ValueError, match="no verdict at all"):
         figures([row(None, "  ")])
 

@@ -247,8 +247,9 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     firsts = [
         each["verdict"] == "A" for row in fair for each in row.get("judgments", ()) if each["verdict"] in ("A", "B")
     ]
+    if firsts:
+        found["judged for the answer that stands first"] = mean(firsts)
     if pairs:
-        found["judged for the answer that stands first"] = mean(firsts or [0.5])
         found["contradicted in the other order"] = mean([{*each} == {0.0, 1.0} for each in pairs])
     return found
 
