@@ -52,6 +52,10 @@ def test_with_and_without(problems: Path, tmp_path: Path, capsys: pytest.Capture
         "problems with a call": 1,
     }
     assert told["notes"] == ["1 of 4 replies hold no number and count as wrong"]
+    nothing = [{"way": way, "right": False, "commands": []} for way in gsm8k.WAYS for _ in range(4)]
+    brought, weights = gsm8k.Arithmetic(config, []).values(nothing)["what it brings"]
+    value, low, high, _ = base.figure((brought, weights))
+    assert value == 0 and low == -high < 0  # a calculator may also harm
     rows = base.read_rows(Path(told["rows"]))
     assert rows["with the calculator/0"]["commands"] == ['Calculate("40+32")']
     assert rows["without/0"]["number"] == 70 and rows["without/0"]["commands"] == ["None"]

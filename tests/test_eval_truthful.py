@@ -227,7 +227,8 @@ def test_two_models_are_compared_where_both_are_judged(
         config = replace(config, max_tokens=4)
         result = told(config, capsys)
         assert [each["figures"]["true"]["n"] for each in result["models"]] == [3, 3]
-        assert result["difference"]["true"] == {"value": 1.0, "low": 1.0, "high": 1.0, "n": 2}
+        apart = result["difference"]["true"]
+        assert (apart["value"], apart["high"], apart["n"]) == (1.0, 1.0, 2) and 0.3 < apart["low"] < 0.4
         assert "mc1" not in result["difference"] and "mc1" in result["models"][1]["figures"]
         assert truthful.main(config) == 0
     rows = {

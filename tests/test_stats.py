@@ -41,6 +41,9 @@ def test_pairs_are_drawn_together() -> None:
     """Prevents the spread of the questions in the difference of two models that differ by a tenth on each of them."""
     hard = np.random.default_rng(2).normal(0, 5, 100)
     assert difference(hard + 0.1, hard)[:3] == pytest.approx((0.1, 0.1, 0.1))
+    room = wilson(0, 6)[1]
+    assert difference([1] * 6, [1] * 6) == (0.0, -room, room, 6)  # six equal answers do not make equal models
+    assert difference([0] * 6, [1] * 6) == (-1.0, -1.0, room - 1, 6)
     with pytest.raises(ValueError, match="2 and 3 items"):
         difference([1, 2], [1, 2, 3])
 
@@ -79,5 +82,6 @@ def test_the_interval_of_a_biased_judge_holds_the_truth() -> None:
 def test_length_control_without_a_spread() -> None:
     """Prevents a division by nothing, and a fit without end, where all lengths are alike or one model always wins."""
     assert length_controlled([1, 0, 1, 0.5], [7, 7, 7, 7])[0] == pytest.approx(0.625, abs=0.01)
-    value, low, high, n = length_controlled([1] * 50, list(range(50)))
-    assert 0.9 < low <= value <= high <= 1.0 and n == 50
+    assert length_controlled([1] * 5, list(range(5))) == mean([1] * 5)  # five wins prove little, whatever their lengths
+    value, low, high, n = length_controlled([1] * 49 + [0], list(range(50)))
+    assert 0.5 < low < value < high <= 1.0 and n == 50

@@ -125,7 +125,8 @@ class Arithmetic:
         """Exact match in either way, what the calculator brings, and how often it was used."""
         right = {way: [float(row["right"]) for row in rows if row["way"] == way] for way in WAYS}
         found: dict[str, Values] = {f"right {way}": (values, None) for way, values in right.items()}
-        found["what it brings"] = ([a - b for a, b in zip(*right.values(), strict=True)], None)
+        brought = [a - b for a, b in zip(*right.values(), strict=True)]
+        found["what it brings"] = (brought, [1.0] * len(brought))  # no share: it may be less than nothing
         used = [float(any(map(parse_commands, row["commands"]))) for row in rows if WAYS[row["way"]]]
         return found | {"problems with a call": (used, None)}
 

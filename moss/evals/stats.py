@@ -50,7 +50,8 @@ def difference(
     theirs: Sequence[float] | np.ndarray,
     weights: Sequence[float] | np.ndarray | None = None,
 ) -> Figure:
-    """`mean` of ours minus that of theirs, on the same items (N,) and drawn together."""
+    """`mean` of ours minus that of theirs, on the same items (N,) and drawn together. Where all items differ by 0, 1 or
+    -1, the interval reaches as far as Wilson's of none: a few equal answers do not show that models are equal."""
     if len(ours) != len(theirs):
         raise ValueError(f"{len(ours)} and {len(theirs)} items cannot be paired; ask both models the same")
     return _ratio(np.asarray(ours, dtype=np.float64) - np.asarray(theirs, dtype=np.float64), weights)
@@ -61,6 +62,9 @@ def _ratio(top: np.ndarray, weights: Sequence[float] | np.ndarray | None) -> Fig
     if not len(top):
         raise ValueError("there is no mean of nothing: no item was measured")
     below = np.ones_like(top) if weights is None else np.asarray(weights, dtype=np.float64)
+    if top[0] in (-1, 0, 1) and (top == top[0]).all() and (below == 1).all():  # of shares; every draw is the same
+        room = wilson(0, len(top))[1]
+        return Figure(float(top[0]), max(-1.0, float(top[0]) - room), min(1.0, float(top[0]) + room), len(top))
     return _figure(top.sum() / below.sum(), [drawn @ top / (drawn @ below) for drawn in _draws(len(top))], len(top))
 
 
@@ -82,11 +86,13 @@ def length_controlled(scores: Sequence[float] | np.ndarray, longer: Sequence[flo
     scores (N,): 1 for a win, 0.5 for a tie, 0 for a loss; longer (N,): by how many characters the first model's reply
     is longer. A logistic regression on the tanh of the standardised difference, as in AlpacaEval (arXiv 2404.04475,
     equation 2, without a term for the prompt): the rate where that is 0. Both weights are held back a little (a normal
-    prior of standard deviation 10), so that a judge who always prefers one model gives a number too.
+    prior of standard deviation 10), so that draws in which one model always wins give a number too.
     """
     won, apart = np.asarray(scores, dtype=np.float64), np.asarray(longer, dtype=np.float64)
     if not len(won):
         raise ValueError("there is no rate of nothing: no pair was judged")
+    if (won == won[0]).all():  # no length could change what is always the same
+        return mean(won)
     spread = apart.std()
     shape = np.stack([np.ones_like(won), np.tanh(apart / spread) if spread else np.zeros_like(won)])  # (2, N)
     value = _fit(shape, won, np.ones((1, len(won))))
