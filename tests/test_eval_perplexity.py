@@ -76,6 +76,15 @@ def test_texts_are_cut_at_lines() -> None:
     assert cut("a\nb\n") == ["a\nb\n"]
 
 
+def test_pieces_share_their_text(tmp_path: Path) -> None:
+    """Prevents a memory that grows with the square of a text, and pieces before in another order."""
+    (tmp_path / "a.txt").write_text("a" * 4500)
+    found = list(pieces([tmp_path / "a.txt"]))
+    assert [len(each.text) for each in found] == [2000, 2000, 500]
+    assert [len([*each.before]) for each in found] == [0, 1, 2] and next(found[2].before) is found[1].text
+    assert all(each.parts is found[0].parts for each in found)
+
+
 def test_bad_input_is_one_line(toys: Path, tmp_path: Path) -> None:  # noqa: F811
     """Prevents tracebacks for what a user mistypes, and a figure of nothing."""
     with pytest.raises(UsageError, match="--data is missing"):

@@ -42,12 +42,21 @@ class Perplexity(Evaluation):
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a text; `before` are the pieces before it, the nearest last."""
+    """A part of a text, whose parts all its pieces share."""
 
     id: str
     group: str
-    text: str
-    before: tuple[str, ...]
+    parts: Sequence[str] = field(repr=False)
+    at: int
+
+    @property
+    def text(self) -> str:
+        return self.parts[self.at]
+
+    @property
+    def before(self) -> Iterator[str]:
+        """The parts before it, the nearest first."""
+        return map(self.parts.__getitem__, range(self.at - 1, -1, -1))
 
 
 def main(config: Perplexity) -> int:
@@ -93,7 +102,7 @@ def pieces(paths: Sequence[Path], limit: int = 0) -> Iterator[Piece]:
                 group = "code" if path.suffix in CODE else language(part)
                 counts[group] = counts.get(group, 0) + 1
                 if not limit or counts[group] <= limit:
-                    yield Piece(f"{path}/{number}/{at}", group, part, tuple(parts[:at]))
+                    yield Piece(f"{path}/{number}/{at}", group, parts, at)
             empty += not text.strip()
     if not counts:
         raise ValueError(f"{', '.join(map(str, paths))}: there is no text in them")
@@ -171,7 +180,7 @@ class Prediction:
         refuse_surrogates(piece.text)
         half = self._length(who) // 2
         before: list[int] = []
-        for text in reversed(piece.before):
+        for text in piece.before:
             before = who.tokens.encode(text) + before
             if len(before) >= half:
                 break
