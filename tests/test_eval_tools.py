@@ -136,6 +136,13 @@ def test_no_answer_is_no_restraint() -> None:
     assert judge(case("chat"), broken) == {"called a tool": True}
 
 
+def test_syntax_is_that_of_calls() -> None:
+    """A model that never calls a tool must not look as if it wrote all of its calls well."""
+    silent = judge(case(tools=("Calculate",), answer=("1",)), seen(reply="It is 1."))
+    assert "valid syntax" not in silent and silent["answer right"] and not silent["called"]
+    assert judge(case(), seen(Round("", 'Calculate("1+1")', "2")))["valid syntax"]
+
+
 def test_unfinished_commands_are_calls(tok: Tokenizer) -> None:
     """A call that broke off was still a call where none was needed."""
     eot, commands = tok.marker("<eot>"), tok.marker("<|Commands|>")

@@ -157,14 +157,17 @@ def meets(target: str, rate: float) -> bool:
 def judge(case: Case, seen: Seen) -> dict[str, bool]:
     """The verdicts on one case: those of its set, and that nothing switched off was called.
 
-    Where there is no answer, everything that was to be done is missed, and nothing counts as avoided; what was to be
-    avoided and was done before it failed still counts.
+    Syntax is that of calls: an answer without one has none that could be valid. Where there is no answer, everything
+    that was to be done is missed, and nothing counts as avoided; what was to be avoided and was done before it failed
+    still counts.
     """
     wanted = dict.fromkeys([*targets(case.set), *NEVER])
     if case.answer is None:
         wanted.pop("answer right", None)
     if case.commands is None:
         wanted.pop("arguments exact", None)
+    if not seen.called and not seen.failed:
+        wanted.pop("valid syntax", None)
     if not seen.failed:
         return {name: METRICS[name](case, seen) for name in wanted}
     told = targets(case.set)
