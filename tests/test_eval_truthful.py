@@ -188,7 +188,11 @@ def test_a_completion_server_has_all_figures(
 
 
 def test_nonsense_is_counted_and_never_guessed(
-    data: Path, who: FakeServer, tmp_path: Path, capsys: pytest.CaptureFixture
+    toys: Path,  # noqa: F811
+    data: Path,
+    who: FakeServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     """Prevents a verdict that is read from words, and figures over answers with one verdict of two."""
 
@@ -204,8 +208,12 @@ def test_nonsense_is_counted_and_never_guessed(
         assert row["judgments"]["true"] == {"text": "Yes, it is true. [yes] [[maybe]]", "verdict": "", "failed": ""}
         assert told(config, capsys) == first and len(above.asked) == 10
     told_nothing = pytest.raises(ValueError, match="no verdict at all; its judgments stand in the rows")
-    with FakeServer(judging(lambda *_: "Well."), repeats=True) as above, told_nothing:
-        truthful.main(replace(config, judge=f"{above.url}#m"))
+    with FakeServer(judging(lambda *_: "Well."), repeats=True) as above:
+        with told_nothing:
+            truthful.main(replace(config, judge=f"{above.url}#m"))
+        near = told(replace(config, model=str(toys / "a"), judge=f"{above.url}#m", max_tokens=4), capsys)
+    assert {"mc1", "mc2"} < {*near["figures"]} and "true" not in near["figures"]  # what the judge cannot spoil stands
+    assert near["notes"] == ["8 of 8 judgments have no verdict and count for nothing"]
 
 
 def test_two_models_are_compared_where_both_are_judged(

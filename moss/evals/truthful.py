@@ -298,6 +298,8 @@ class Truthful:
         if self.judge:
             pairs = [pair_of(row["judgments"]) for row in rows]
             if not any(pairs):
+                if found:  # what was measured without the judge stands; `notes` say what it did not tell
+                    return found
                 raise no_verdict([each for row in rows for each in row["judgments"].values()])
             for at, kind in enumerate(ASKS):
                 found[kind] = ([each and each[at] for each in pairs], None)
