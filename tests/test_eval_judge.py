@@ -177,6 +177,34 @@ def test_a_judgment_that_did_not_come_is_asked_for_again(
     assert not ours.asked
 
 
+def test_a_prompt_that_was_not_answered_is_no_loss(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Prevents a failure of a model's server that counts as a worse answer, and a silence about it in the result."""
+    down = ["Why?"]
+
+    def ours_(request: Request) -> None:
+        failing = request.body["messages"][-1]["content"] in down
+        request.refuse(500, {"error": {"message": "no memory left"}}) if failing else request.stream(says("good"))
+
+    fair = server(lambda _, a, b: f"[[{'A' if a == 'good' else 'B'}]]")
+    with FakeServer(ours_, repeats=True) as ours, model("bad", 3) as theirs, FakeServer(fair, repeats=True) as above:
+        config = Judge(
+            f"{ours.url}#m", f"{theirs.url}#m", data=prompts, judge=f"{above.url}#m", out=tmp_path, json=True
+        )
+        assert judge.main(config) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["figures"]["win rate"]["value"] == 1.0 and told["figures"]["win rate"]["n"] == 2
+        assert len(above.asked) == 4 and "1 of 3 prompts were not answered by both" in told["notes"][0]
+        down.clear()
+        assert judge.main(config) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["figures"]["win rate"]["n"] == 3 and len(above.asked) == 6 and told["notes"] == []
+        down += ["一加一？", "Why?", "Who?"]
+        with pytest.raises(ValueError, match=r"no prompt was answered by both models: .*no memory left"):
+            judge.main(replace(config, out=tmp_path / "all"))
+
+
 def test_the_scripted_truth(toys: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     """Prevents a truth that knows its prompts no more after they went through a model: what says nothing ties."""
     told = []

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ from moss.evals.base import (
 )
 from moss.evals.stats import Figure, length_controlled, mean
 from moss.evals.verdicts import gaps, judge_at, lasting, no_verdict, verdicts
-from moss.log import bar, note
+from moss.log import bar
 from moss.tools.run import Options
 
 VERDICT = re.compile(r"\[\[([ABC])\]\]")
@@ -109,11 +110,13 @@ def results(config: Judge) -> Results:
         pair = Subject(f"{ours.name}-over-{theirs.name}", made_of(ours.print, theirs.print), None)
         settings = {"judge": config.judge, "ask": ASK, "tokens": config.judge_tokens}
         with measured(config, "judge", pair, settings) as kept:
+            begun = [row_of(*each, judge.print if judge else "") for each in zip(count(), asked, mine, others)]
+            new = [row for row in begun if not row["unanswered"] and not kept.have(row["id"], row["made_of"])]
             if judge is None:
-                by_truth(asked, mine, others, kept)
+                by_truth(asked, new, kept)
             else:
-                by_model(config, judge, asked, mine, others, kept)
-            rows = [kept.rows[str(number)] for number in range(len(asked))]
+                by_model(config, judge, new, kept)
+            rows = [row if row["unanswered"] else kept.rows[row["id"]] for row in begun]
             told = result(kept, "judge", pair.name, {"judge": config.judge}, figures(rows), notes(rows))
     return [told], {}
 
@@ -139,9 +142,9 @@ def read(file: Path) -> list[Dialog]:
 # ---------------------------------------------------------------- answers
 
 
-def replied(config: Judge, model: str | None, asked: Sequence[Dialog]) -> tuple[Subject, list[str]]:
-    """The model, by name alone, and its reply to each prompt; those of earlier runs are not asked for again. A prompt
-    that was not answered has an empty reply, and a line says so."""
+def replied(config: Judge, model: str | None, asked: Sequence[Dialog]) -> tuple[Subject, list[dict[str, Any]]]:
+    """The model, by name alone, and a row with its reply to each prompt, or why there is none; what was replied in
+    earlier runs is not asked for again."""
     settings = {"max_tokens": config.max_tokens, "temperature": config.temperature, "seed": config.seed}
     texts = [to_openai(dialog)["messages"] for dialog in asked]
     prints = [made_of(text, number) for number, text in enumerate(texts)]
@@ -149,44 +152,30 @@ def replied(config: Judge, model: str | None, asked: Sequence[Dialog]) -> tuple[
         new = kept.missing(prints, prints)
         sampling = Sampling(temperature=config.temperature, max_tokens=config.max_tokens)
         draws = seeds_of(config.seed, len(asked))
-        failed = list[str]()
         with bar(f"answers of {who.name}", len(asked) - len(new), len(asked)) as shown:
             told = answers(who, [asked[at] for at in new], Options(sampling), seeds=[draws[at] for at in new])
             for done, (at, each) in enumerate(zip(new, told, strict=True), start=len(asked) - len(new) + 1):
                 reply = each.turn.reply if each.turn else ""
                 row = {"id": prints[at], "made_of": prints[at], "prompt": texts[at], "reply": reply}
-                kept.add(row, lasting=each.turn is not None)
-                failed += [each.failed] if each.failed else []
+                kept.add(row | ({"failed": each.failed} if each.failed else {}), lasting=each.turn is not None)
                 shown.show(done, "")
-        if failed:
-            note(f"{who.name}: {len(failed):,} of {len(asked):,} prompts have no answer, the first: {failed[0]}")
-        return Subject(who.name, who.print, None), [kept.rows[each]["reply"] for each in prints]
+        return Subject(who.name, who.print, None), [kept.rows[each] for each in prints]
 
 
 # ---------------------------------------------------------------- judgments
 
 
-def by_truth(asked: Sequence[Dialog], mine: Sequence[str], others: Sequence[str], kept: Kept) -> None:
+def by_truth(asked: Sequence[Dialog], new: Sequence[dict[str, Any]], kept: Kept) -> None:
     """Rows by the scripted truth: the reply with more of the right things is better."""
-    for number, (dialog, a, b) in enumerate(zip(asked, mine, others, strict=True)):
-        row = row_of(number, dialog, a, b, "")
-        if kept.have(row["id"], row["made_of"]):
-            continue
-        levels = [preferences.truth(dialog, reply) for reply in (a, b)]
+    for row in new:
+        levels = [preferences.truth(asked[int(row["id"])], reply) for reply in row["replies"]]
         score = 0.5 + np.sign(levels[0] - levels[1]) / 2
         kept.add(row | {"levels": levels, "score": float(score)})
 
 
-def by_model(
-    config: Judge, judge: Subject, asked: Sequence[Dialog], mine: Sequence[str], others: Sequence[str], kept: Kept
-) -> None:
+def by_model(config: Judge, judge: Subject, new: Sequence[dict[str, Any]], kept: Kept) -> None:
     """Rows by a model: two judgments a prompt, the first with our model's answer as A."""
-    begun = [
-        row_of(number, dialog, a, b, judge.print)
-        for number, (dialog, a, b) in enumerate(zip(asked, mine, others, strict=True))
-    ]
-    new = [row for row in begun if not kept.have(row["id"], row["made_of"])]
-    with bar("judgments", len(begun) - len(new), len(begun)) as shown:
+    with bar("judgments", 0, len(new)) as shown:
         for first in range(0, len(new), AT_ONCE):
             part = new[first : first + AT_ONCE]
             pairs = [(row, order) for row in part for order in ("ab", "ba")]
@@ -194,7 +183,7 @@ def by_model(
             for number, row in enumerate(part):
                 both = [{"order": order} | told[2 * number + at] for at, order in enumerate(("ab", "ba"))]
                 kept.add(row | {"judgments": both, "score": score_of(both)}, lasting(both))
-            shown.show(len(begun) - len(new) + first + len(part), "")
+            shown.show(first + len(part), "")
 
 
 def question(row: dict[str, Any], order: str) -> str:
@@ -209,10 +198,11 @@ def as_text(dialog: Dialog) -> str:
     return "\n\n".join(f"{name}: {text}" for name, text in said[:-1])
 
 
-def row_of(number: int, dialog: Dialog, a: str, b: str, judge: str) -> dict[str, Any]:
-    """The beginning of a row."""
-    text = as_text(dialog)
-    return {"id": str(number), "made_of": made_of(text, a, b, judge), "prompt": text, "replies": [a, b]}
+def row_of(number: int, dialog: Dialog, mine: dict[str, Any], others: dict[str, Any], judge: str) -> dict[str, Any]:
+    """The beginning of a row; without an answer of both models there is nothing to judge."""
+    text, replies = as_text(dialog), [mine["reply"], others["reply"]]
+    begun = {"id": str(number), "made_of": made_of(text, *replies, judge), "prompt": text, "replies": replies}
+    return begun | {"unanswered": mine.get("failed") or others.get("failed") or "", "score": None}
 
 
 def score_of(judgments: Sequence[dict[str, Any]]) -> float | None:
@@ -236,6 +226,8 @@ def value_of(judgment: dict[str, Any]) -> float | None:
 def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
     """Win rate (a tie is half), for equal lengths too; wins, ties, losses; of a model as judge its biases."""
     fair = [row for row in rows if row["score"] is not None]
+    if not fair and all(row.get("unanswered") for row in rows):
+        raise ValueError(f"no prompt was answered by both models: {rows[0]['unanswered']}")
     if not fair:
         raise no_verdict([each for row in rows for each in row.get("judgments", ())])
     scores = np.array([row["score"] for row in fair])
@@ -255,5 +247,11 @@ def figures(rows: Sequence[dict[str, Any]]) -> dict[str, Figure]:
 
 
 def notes(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """How many judgments say nothing."""
-    return gaps([each for row in rows for each in row.get("judgments", ())])
+    """How many prompts were not answered, and how many judgments say nothing."""
+    failed = [row["unanswered"] for row in rows if row.get("unanswered")]
+    told = (
+        [f"{len(failed):,} of {len(rows):,} prompts were not answered by both, the first: {failed[0]}"]
+        if failed
+        else []
+    )
+    return told + gaps([each for row in rows for each in row.get("judgments", ())])
