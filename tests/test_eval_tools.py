@@ -19,8 +19,9 @@ from moss.errors import UsageError
 from moss.evals import base, tool_cases, tool_use
 from moss.evals.answering import Told, answers
 from moss.evals.base import Subject
+from moss.evals.replies import holds, last_number
 from moss.evals.tool_cases import HAND_WRITTEN, Case, from_file, ways
-from moss.evals.tool_metrics import METRICS, Seen, holds, judge, last_number, meets, off_names
+from moss.evals.tool_metrics import METRICS, Seen, judge, meets, off_names
 from moss.evals.tool_use import EvalTools, ToolUse, row_of, seen_of
 from moss.tokenizer import Tokenizer, train
 from moss.tools.base import standard_tools
@@ -76,7 +77,7 @@ def test_holds_whole_names() -> None:
 def test_last_number() -> None:
     """The final number of a worked answer is its last one, with thousands separators."""
     assert last_number("3 + 4 makes 7, so $1,200.50.") == 1200.5
-    assert last_number("none") is None and last_number("is −5") == -5
+    assert last_number("none") is None and last_number("is −5") == -5 and last_number("10-5 apples") == 5
 
 
 def test_arguments_must_match_in_every_round() -> None:
@@ -303,16 +304,21 @@ def test_conversations_are_asked_turn_by_turn(tmp_path: Path) -> None:
     """Prevents a turn without what was said before it, and one that needs a tool which is not here."""
 
     def turn(human: str, commands: str, results: str) -> Turn:
-        return Turn(human, [Round("think", commands, results)], "done")
+        return Turn(human, [Round("think", commands, results)], "It makes 2.")
 
     switches = dict.fromkeys(("thoughts", "calculator"), True)
-    turns = [turn("1+1?", 'Calculate("1+1")', "2"), turn("谢谢", "None", "None"), turn("find x", 'Search("x")', "y")]
+    turns = [
+        turn("1+1?", 'Calculate("1+1")', 'Calculate("1+1") => 2'),
+        turn("谢谢", "None", "None"),
+        turn("find x", 'Search("x")', "y"),
+    ]
     rows = [to_row(Dialog("m", switches, turns), "moss"), to_row(Dialog("m", {"thoughts": True}, turns), "moss")]
     file = tmp_path / "own.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = from_file(file)
     assert (first.set, first.tools, first.commands) == ("own calculator", ("Calculate",), ('Calculate("1+1")',))
     assert (second.set, second.lang, second.tools) == ("own none", "zh", ())
+    assert first.answer == ("2",) and second.answer is None
     assert [each.human for each in second.dialog.turns] == ["1+1?", "谢谢"] and second.dialog.turns[0] == turns[0]
     assert second.dialog.turns[1] == Turn("谢谢") and second.dialog.switches["calculator"]
     for text, words in (('{"a": 1}', ":1: a row has a question, or is a conversation"), ("", "holds no question")):
@@ -328,6 +334,7 @@ def test_real_data(data_folder: Path) -> None:
     cases = from_file(data_folder / "moss_003_sft_sample.jsonl")
     assert sum(c.tools == ("Solve",) for c in cases) > 40 and sum(c.tools == ("Calculate",) for c in cases) > 40
     assert not any("<eoh>" in c.question or "<|" in c.question for c in cases)
+    assert sum(c.answer is not None for c in cases) > 40
 
 
 def test_unknown_set_is_named() -> None:

@@ -23,7 +23,7 @@ from moss.engine import Sampling
 from moss.errors import UsageError
 from moss.evals.answering import answers
 from moss.evals.base import Evaluation, Kept, Subject, Values, made_of, run
-from moss.evals.tool_metrics import last_number
+from moss.evals.replies import last_number
 from moss.log import bar
 from moss.tools.base import parse_commands, standard_tools
 from moss.tools.run import Options

@@ -20,6 +20,7 @@ from moss.chat import META_INSTRUCTION, SWITCHES, Dialog, Round, Turn
 from moss.data.curriculum import TOOL_KINDS, draw_questions
 from moss.data.dialogs import from_row, read_rows
 from moss.data.family import Item
+from moss.evals.replies import holds
 from moss.log import note
 from moss.tools.base import parse_commands
 
@@ -31,6 +32,7 @@ SCRIPTED = (
 )  # fmt: skip
 HAND = "hand"
 HAND_WRITTEN = Path(__file__).parent / "hand_written.jsonl"
+DECIMALS = 4  # of a result that a reply repeats and does not round
 TOOL_OF = {"calculator": "Calculate", "solver": "Solve"}
 
 
@@ -134,8 +136,17 @@ def _of_dialog(name: str, dialog: Dialog) -> tuple[list[Case], int]:
             continue
         kind = "both" if len(tools) > 1 else next((key for key, api in TOOL_OF.items() if api in tools), "none")
         asked = replace(dialog, turns=[*dialog.turns[:at], Turn(turn.human)])
-        cases.append(Case(f"{name} {kind}", _lang(turn.human), asked, commands, tools))
+        cases.append(Case(f"{name} {kind}", _lang(turn.human), asked, commands, tools, _answer(turn)))
     return cases, strange
+
+
+def _answer(turn: Turn) -> tuple[str, ...] | None:
+    """The numbers that a right reply holds, as far as is known: those of the last results, where each is short enough
+    to be written out and the reply that was given holds it too."""
+    told = turn.rounds[-1].results.rpartition("=>")[2] if turn.rounds else ""
+    numbers = [f"{float(text):.10g}" for text in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w.])", told)]
+    short = all(len(text.partition(".")[2]) <= DECIMALS and holds(turn.reply, text) for text in numbers)
+    return tuple(dict.fromkeys(numbers)) if numbers and short else None
 
 
 def _alone(question: str) -> Dialog:
