@@ -25,8 +25,12 @@ def test_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write(tmp_path / "mmlu/a", "mmlu", "first", 0.25, style="chat", head="A long text that is no name of a setting")
     write(tmp_path / "mmlu/b", "mmlu", "second", 0.75, style="plain", head="Another long text of another template")
     one = write(tmp_path / "gsm8k/a", "gsm8k", "first", 0.5)
+    write(tmp_path / "truthfulqa/sft-1", "truthfulqa", "sft", 0.5)
+    write(tmp_path / "truthfulqa/sft-2", "truthfulqa", "sft", 0.5)
     assert compare.main(Compare([tmp_path])) == 0
-    gsm8k, mmlu = capsys.readouterr().out.split("mmlu")
+    shown, alike = capsys.readouterr().out.split("truthfulqa")
+    assert "sft-1" in alike and "sft-2" in alike  # models of one name
+    gsm8k, mmlu = shown.split("mmlu")
     assert "0.500 (0.400 to 0.600)" in gsm8k and "second" not in gsm8k
     lines = mmlu.splitlines()
     assert any("first" in line and "second" in line for line in lines)

@@ -61,6 +61,20 @@ def test_with_and_without(problems: Path, tmp_path: Path, capsys: pytest.Capture
     assert rows["without/0"]["number"] == 70 and rows["without/0"]["commands"] == ["None"]
 
 
+def test_sets_do_not_displace_one_another(problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Prevents questions asked again because another file was measured in between, and figures of the other file."""
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"question": "5+5?", "answer": "#### 10"}) + "\n")
+    with FakeServer(replies, repeats=True) as server:
+        config = GSM8K(f"{server.url}#m", data=problems, out=tmp_path / "out", json=True)
+        counts, figures = [], []
+        for data in (problems, other, problems, other):
+            assert gsm8k.main(replace(config, data=data)) == 0
+            counts.append(len(server.asked))
+            figures.append(json.loads(capsys.readouterr().out)["figures"])
+    assert counts[1] == counts[2] == counts[3] and figures[0] == figures[2] and figures[1] == figures[3] != figures[0]
+
+
 def test_an_answer_that_did_not_come_is_asked_for_again(
     problems: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -26,7 +26,7 @@ def test_a_score_of_two_orders() -> None:
         return score_of([{"order": order, "verdict": each} for order, each in zip(("ab", "ba"), verdicts, strict=True)])
 
     assert [score(*each) for each in ("AB", "BA", "AA", "BB", "AC", "CB", "CC")] == [1, 0, 0.5, 0.5, 0.75, 0.75, 0.5]
-    assert [score("A", ""), score("", "A"), score("", "")] == [1, 0, None]
+    assert [score("A", ""), score("", "A"), score("", "")] == [None, None, None]  # or the order would decide
 
 
 def row(score: float | None, verdicts: str, lengths: tuple[int, int] = (5, 5)) -> dict[str, Any]:
@@ -36,13 +36,12 @@ def row(score: float | None, verdicts: str, lengths: tuple[int, int] = (5, 5)) -
 
 def test_figures_by_hand() -> None:
     """Prevents ties that count as wins, and biases of prompts without a verdict."""
-    rows = [row(1.0, "AB"), row(0.5, "AA"), row(0.5, "CC"), row(0.0, "BA"), row(None, "  "), row(1.0, "A ")]
+    rows = [row(1.0, "AB"), row(0.5, "AA"), row(0.5, "CC"), row(0.0, "BA"), row(None, "  "), row(None, "A ")]
     found = {name.strip(): figure.value for name, figure in figures(rows).items()}
-    assert found["win rate"] == 0.6 and (found["won"], found["tied"], found["lost"]) == (0.4, 0.4, 0.2)
-    assert found["judged for the answer that stands first"] == pytest.approx(5 / 7)
-    assert found["contradicted in the other order"] == 0.2 and found["win rate at equal length"] == pytest.approx(
-        0.6, abs=0.01
-    )
+    assert found["win rate"] == 0.5 and (found["won"], found["tied"], found["lost"]) == (0.25, 0.5, 0.25)
+    assert found["judged for the answer that stands first"] == pytest.approx(4 / 6)
+    assert found["contradicted in the other order"] == 0.25
+    assert found["win rate at equal length"] == pytest.approx(0.5, abs=0.01)
     assert notes(rows) == ["3 of 12 judgments have no verdict and count for nothing"] and notes(rows[:2]) == []
     assert "judged for the answer that stands first" not in figures([row(0.5, "CC")])  # of ties nobody knows
     with pytest.raises(ValueError, match="no verdict at all"):

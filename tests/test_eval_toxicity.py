@@ -175,14 +175,28 @@ def test_a_broken_prompt_is_named(line: str, words: str, tmp_path: Path) -> None
         read(tmp_path / "p.jsonl")
 
 
-def test_a_server_that_fails_is_one_line(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Prevents an empty sample in place of an answer that did not come; what was there stays."""
+def test_what_a_server_did_not_answer_is_counted(prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Prevents an empty sample in place of an answer that did not come, and one failure that ends all; the next run
+    asks again for that alone."""
+    first = read(prompts)[0].text
 
-    def fails(request: Request) -> None:
-        request.refuse(400, {"error": {"message": "too hot"}})
+    def replies(request: Request) -> None:
+        if first in request.body["messages"][-1]["content"]:
+            request.stream(says("fine"))
+        else:
+            request.refuse(400, {"error": {"message": "too hot"}})
 
-    config = Toxicity(data=prompts, out=tmp_path / "out", samples=1, limit=1, json=True)
-    with FakeServer(says("fine"), fails) as server, pytest.raises(ValueError, match=r"was not continued: .*too hot"):
-        toxicity.main(replace(config, model=f"{server.url}#m", limit=2))
-    with FakeServer(says("fine"), repeats=True) as server:
-        assert told(replace(config, model=f"{server.url}#m"), capsys)[1]["plain/0"]["samples"] == ["fine"]
+    config = Toxicity(data=prompts, out=tmp_path / "out", samples=1, limit=2, json=True)
+    with FakeServer(replies, repeats=True) as server:
+        there = replace(config, model=f"{server.url}#m")
+        result, rows = told(there, capsys)
+        assert result["figures"]["expected maximum, plain"]["n"] == 1 and rows["plain/0"]["samples"] == ["fine"]
+        assert "2 of 4 were not answered and count for nothing; the first:" in result["notes"][1]
+        assert "plain/1" not in rows
+        server.replies = [lambda request: request.stream(says("fine"))]
+        asked = len(server.asked)
+        assert told(there, capsys)[0]["figures"]["expected maximum, plain"]["n"] == 2
+        assert len(server.asked) == asked + 2
+        server.replies = [lambda request: request.refuse(400, {"error": {"message": "too hot"}})]
+        with pytest.raises(ValueError, match=r"toxicity: nothing was measured; .*4 of 4 were not answered.*too hot"):
+            toxicity.main(replace(there, seed=1))

@@ -161,8 +161,9 @@ class Kept:
     """The rows of a task and a model: those of before by id, and a file for those to come."""
 
     folder: Path
-    rows: dict[str, dict[str, Any]]
+    rows: dict[str, dict[str, Any]]  # by id, those that were asked for last
     file: TextIO = field(repr=False)
+    known: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # all, by id and what they are made of
 
     def add(self, row: dict[str, Any], lasting: bool = True) -> None:
         """Keep a row; it is in the file when this returns, but where it stands for an answer that did not come: then it
@@ -170,12 +171,16 @@ class Kept:
         self.rows[row["id"]] = row
         if not lasting:
             return
+        self.known[row["id"], row["made_of"]] = row
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
 
     def have(self, id: str, made_of: str) -> bool:
-        """Whether the row of this id is there, and was made of the same."""
-        return self.rows.get(id, {}).get("made_of") == made_of
+        """Whether a row of this id is there that was made of the same; then it is the one in `rows`."""
+        row = self.known.get((id, made_of))
+        if row is not None:
+            self.rows[id] = row
+        return row is not None
 
     def missing(self, ids: Sequence[str], made_of: Sequence[str]) -> list[int]:
         """The numbers of those items that are to be measured."""
@@ -189,16 +194,26 @@ def measured(config: Evaluation, task: str, who: Subject, template: Mapping[str,
     folder = config.out / task / f"{who.name}-{key[:12]}"
     with lock(folder):
         path = folder / "rows.jsonl"
-        rows = read_rows(path)
+        rows = stored(path)
         if rows:
-            note(f"{len(rows):,} rows are those in {path}")
+            note(f"{len(rows):,} rows stand in {path}")
         with path.open("a", encoding="utf-8") as file:
-            yield Kept(folder, rows, file)
+            yield Kept(folder, by_id(rows), file, {(row["id"], row["made_of"]): row for row in rows})
 
 
 def read_rows(path: Path) -> dict[str, dict[str, Any]]:
-    """The rows in a file by id, a later one in place of an earlier; a line that broke off, and what follows, is cut."""
-    found: dict[str, dict[str, Any]] = {}
+    """The rows in a file by id, a later one in place of an earlier."""
+    return by_id(stored(path))
+
+
+def by_id(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The last row of each id."""
+    return {row["id"]: row for row in rows}
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    """The rows in a file, those of other sets among them; a line that broke off, and what follows, is cut."""
+    found: list[dict[str, Any]] = []
     if not path.exists():
         return found
     whole = 0
@@ -208,7 +223,9 @@ def read_rows(path: Path) -> dict[str, dict[str, Any]]:
                 row = json.loads(line)
                 if not line.endswith(b"\n"):
                     break
-                found[row["id"]] = row
+                if not (isinstance(row["id"], str) and isinstance(row["made_of"], str)):
+                    break
+                found.append(row)
             except (ValueError, KeyError, TypeError):
                 break
             whole += len(line)
@@ -285,9 +302,19 @@ def _measure(config: Evaluation, task: Task, model: str | None) -> tuple[dict[st
     """The result of one model and its values; the model is gone when this returns, for another needs the room."""
     with subject(model, config) as who, measured(config, task.name, who, task.template(who)) as kept:
         rows = task.measure(who, kept)
-        values = task.values(rows)
+        values = {name: each for name, each in task.values(rows).items() if _pairs(each, each)}
+        if not values:
+            raise ValueError(f"{task.name}: nothing was measured; {'; '.join(task.notes(rows))}")
         figures = {name: figure(each) for name, each in values.items()}
         return result(kept, task.name, who.name, task.template(who), figures, task.notes(rows)), values
+
+
+def unanswered(failed: Sequence[str]) -> list[str]:
+    """What to say of items that a server did not answer; "" is one that it did."""
+    why = [each for each in failed if each]
+    if not why:
+        return []
+    return [f"{len(why):,} of {len(failed):,} were not answered and count for nothing; the first: {why[0]}"]
 
 
 def figure(mine: Values, others: Values | None = None) -> Figure:
@@ -328,7 +355,7 @@ def result(
 def show(config: Evaluation, told: Sequence[Mapping[str, Any]], apart: Mapping[str, Any]) -> None:
     """A table of the figures, a column a model, and what there is to know of them; or all as JSON."""
     if config.json:
-        print(json.dumps(told[0] if not apart else {"models": told, "difference": apart}, ensure_ascii=False))
+        print(json.dumps(told[0] if len(told) == 1 else {"models": told, "difference": apart}, ensure_ascii=False))
         return
     screen = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=WIDTH)
     table = Table(title=f"{told[0]['task']}, with 95 % intervals", title_justify="left", header_style="bold")

@@ -30,7 +30,7 @@ from moss.data.messages import to_openai
 from moss.engine import Sampling
 from moss.errors import UsageError
 from moss.evals.answering import answers
-from moss.evals.base import Evaluation, Kept, Style, Subject, Values, chats, made_of, run, silent
+from moss.evals.base import Evaluation, Kept, Style, Subject, Values, chats, made_of, run, silent, unanswered
 from moss.evals.likelihood import Continuation, after_dialog, after_text
 from moss.log import bar
 from moss.tools.run import Options
@@ -349,17 +349,16 @@ class Choice:
             told = answers(who, [todo[at][1] for at in new], options)
             for done, (at, each) in enumerate(zip(new, told, strict=True), start=len(todo) - len(new) + 1):
                 question = todo[at][0]
-                if each.turn is None:
-                    raise ValueError(f"{question.id} was not answered: {each.failed}")
-                choice, answer = letter_in(each.turn.reply), LETTERS[question.answer]
+                reply, answer = each.turn.reply if each.turn else "", LETTERS[question.answer]
                 begun = {"id": question.id, "made_of": prints[at], "shots": self.config.shots, "messages": texts[at]}
-                said = {"reply": each.turn.reply, "choice": choice, "answer": answer, "right": choice == answer}
-                kept.add(begun | said)
+                said = {"reply": reply, "choice": letter_in(reply), "answer": answer, "failed": each.failed}
+                right = said["choice"] == answer if each.turn else None
+                kept.add(begun | said | {"right": right}, lasting=each.turn is not None)
                 shown.show(done, question.id)
 
     def values(self, rows: Sequence[dict[str, Any]]) -> dict[str, Values]:
         """The accuracy of all questions, of each group and of each subject."""
-        right = {row["id"]: float(row["right"]) for row in rows}
+        right = {row["id"]: None if row["right"] is None else float(row["right"]) for row in rows}
         found: dict[str, Values] = {"accuracy": (list(right.values()), None)}
         for group, names in self.asked.groups.items():
             mine = [each for name in names for each in self.asked.subjects[name][1]]
@@ -376,6 +375,6 @@ class Choice:
         told = [self.asked.note] if self.asked.note else []
         told += [f"{few}: the model reads no more, or the set has none"] if short else []
         if any("reply" in row for row in rows):
-            odd = sum(not row["choice"] for row in rows)
+            odd = sum(not row["choice"] for row in rows if not row["failed"])
             told.append(f"answers are the letters that replies name, not the likeliest; {odd:,} replies name none")
-        return told
+        return told + unanswered([row.get("failed", "") for row in rows])

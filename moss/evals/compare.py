@@ -60,7 +60,7 @@ def results(folders: Sequence[Path]) -> list[dict[str, Any]]:
         for file in files:
             told = json_object(file)
             if all(name in told for name in NEEDED):
-                found[file.resolve()] = told
+                found[file.resolve()] = told | {"folder": file.parent.name}
             else:
                 note(f"{file} is no result of an evaluation, and is left out")
     return sorted(found.values(), key=lambda told: (told["task"], told["model"]))
@@ -76,7 +76,9 @@ def side_by_side(group: Sequence[Mapping[str, Any]]) -> Table:
         own = [
             f"{name} {each['settings'][name]}" for name in apart if len(str(each["settings"].get(name, ""))) in SHOWN
         ]
-        table.add_column("\n".join([each["model"], *own]), justify="right")
+        alike = sum(other["model"] == each["model"] for other in group) > 1
+        head = each["folder"] if alike and not own else each["model"]
+        table.add_column("\n".join([head, *own]), justify="right")
     for name in dict.fromkeys(name for each in group for name in each["figures"]):
         told = [each["figures"].get(name) for each in group]
         table.add_row(name, *("" if figure is None else cell(figure) for figure in told))

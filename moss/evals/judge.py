@@ -206,9 +206,10 @@ def row_of(number: int, dialog: Dialog, mine: dict[str, Any], others: dict[str, 
 
 
 def score_of(judgments: Sequence[dict[str, Any]]) -> float | None:
-    """The mean of what both orders say of our model, 1 won, 0.5 tied, 0 lost; None where neither has a verdict."""
+    """The mean of what both orders say of our model, 1 won, 0.5 tied, 0 lost; None where one of them has no verdict,
+    for then the order in which the answers stand could decide."""
     found = [value for each in judgments if (value := value_of(each)) is not None]
-    return sum(found) / len(found) if found else None
+    return sum(found) / 2 if len(found) == 2 else None
 
 
 def value_of(judgment: dict[str, Any]) -> float | None:

@@ -28,7 +28,7 @@ from moss.engine import Sampling
 from moss.errors import UsageError
 from moss.evals import base
 from moss.evals.answering import answers, continued, seeds_of
-from moss.evals.base import Evaluation, Kept, Results, Style, Subject, Values, chats, made_of, show, silent
+from moss.evals.base import Evaluation, Kept, Results, Style, Subject, Values, chats, made_of, show, silent, unanswered
 from moss.evals.scorers import Scorer, scorer
 from moss.log import bar
 from moss.tools.run import Options
@@ -102,6 +102,10 @@ def read(file: Path, limit: int = 0) -> list[Prompt]:
 # ---------------------------------------------------------------- the task
 
 
+class Failed(str):
+    """In place of a sample: why there is none."""
+
+
 @dataclass(frozen=True)
 class Poison:
     """The task of `moss eval toxicity`."""
@@ -131,7 +135,11 @@ class Poison:
                 for at, (asked, samples) in zip(part, told, strict=True):
                     manner, prompt = wanted[at]
                     about = {"id": ids[at], "made_of": prints[at], "manner": manner, "toxicity": prompt.toxicity}
-                    kept.add(about | {"prompt": asked, "samples": samples, "scores": self.scorer(samples)})
+                    failed = next((each for each in samples if isinstance(each, Failed)), "")
+                    said = {"samples": [], "scores": []}
+                    if not failed:
+                        said = {"samples": samples, "scores": self.scorer(samples)}
+                    kept.add(about | {"prompt": asked, "failed": failed} | said, lasting=not failed)
                 shown.show(len(wanted) - len(new) + begin + len(part), wanted[part[-1]][0])
         return [kept.rows[id] for id in ids]
 
@@ -145,10 +153,8 @@ class Poison:
             dialogs = [dialog_of(manner, prompt) for manner, prompt in part]
             asked: list[Any] = [to_openai(dialog)["messages"] for dialog in dialogs]
             repeated = [dialog for dialog in dialogs for _ in range(count)]
-            told = list(answers(who, repeated, Options(sampling), seeds=drawn))
-            if failed := next((each.failed for each in told if each.turn is None), ""):
-                raise ValueError(f"a prompt was not continued: {failed}")
-            texts = [each.turn.reply for each in told if each.turn]
+            told = answers(who, repeated, Options(sampling), seeds=drawn)
+            texts = [each.turn.reply if each.turn else Failed(each.failed) for each in told]
         else:
             heads = [f"{RESPECTFUL}\n" if manner == "respectful" else "" for manner, _ in part]
             asked = [who.tokens.encode(head + prompt.text) for head, (_, prompt) in zip(heads, part, strict=True)]
@@ -160,12 +166,12 @@ class Poison:
         found: dict[str, Values] = {}
         for manner in ("plain", "respectful"):
             mine = [row for row in rows if row["manner"] == manner]
-            highest = [max(row["scores"]) for row in mine]
+            highest = [max(row["scores"], default=None) for row in mine]
             found[f"expected maximum, {manner}"] = (highest, None)
-            found[f"probability, {manner}"] = ([float(each >= TOXIC) for each in highest], None)
+            found[f"probability, {manner}"] = ([each and float(each >= TOXIC) for each in highest], None)
             for name, toxic in (("toxic", True), ("other", False)):
                 of_them = [
-                    max(row["scores"])
+                    max(row["scores"], default=None)
                     for row in mine
                     if row["toxicity"] is not None and (row["toxicity"] >= TOXIC) == toxic
                 ]
@@ -174,8 +180,9 @@ class Poison:
         return found
 
     def notes(self, rows: Sequence[dict[str, Any]]) -> list[str]:
-        """Who scored."""
-        return [f"scored by {self.scorer.name}: {self.scorer.about}"]
+        """Who scored, and what was not continued."""
+        told = [f"scored by {self.scorer.name}: {self.scorer.about}"]
+        return told + unanswered([row.get("failed", "") for row in rows])
 
 
 def dialog_of(manner: str, prompt: Prompt) -> Dialog:
