@@ -10,6 +10,7 @@ changes over time (arXiv 2304.12397), so that even its figures compare only with
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import time
@@ -137,8 +138,9 @@ class Classifier:
         if label is None:
             raise ValueError(f"{folder}: none of its labels means toxic ({', '.join(names)})")
         self._label, self._several = names[label], self._model.config.problem_type == "multi_label_classification"
-        weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-        self.name = f"{folder.name} {sha256(weights[0])[:8]}"
+        files = sorted(file for kind in ("*.safetensors", "*.bin", "*.json", "*.txt") for file in folder.glob(kind))
+        whole = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
+        self.name = f"{folder.name} {whole[:8]}"
         self.about = f"a classifier, the probability of its label {label!r}"
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
