@@ -22,7 +22,7 @@ from moss.data.rows import json_lines
 from moss.engine import Sampling
 from moss.errors import UsageError
 from moss.evals.answering import answers
-from moss.evals.base import Evaluation, Kept, Subject, Values, made_of, run
+from moss.evals.base import Evaluation, Kept, Subject, Values, made_of, run, unanswered
 from moss.evals.replies import last_number
 from moss.log import bar
 from moss.tools.base import parse_commands, standard_tools
@@ -107,8 +107,8 @@ class Arithmetic:
         options = Options(Sampling(temperature=0, max_tokens=self.config.max_tokens))
         first = len(wanted) - len(new)
         with bar("problems", first, len(wanted)) as shown:
-            told = answers(who, dialogs, options, standard_tools())
-            for done, (at, each) in enumerate(zip(new, told, strict=True), start=first):
+            replies = answers(who, dialogs, options, standard_tools())
+            for done, (at, each) in enumerate(zip(new, replies, strict=True), start=first):
                 way, problem = wanted[at]
                 turn = each.turn or Turn(problem.text)
                 number = last_number(turn.reply)
@@ -123,18 +123,23 @@ class Arithmetic:
 
     def values(self, rows: Sequence[dict[str, Any]]) -> dict[str, Values]:
         """Exact match in either way, what the calculator brings, and how often it was used."""
-        right = {way: [float(row["right"]) for row in rows if row["way"] == way] for way in WAYS}
+        right = {way: [told(row, row["right"]) for row in rows if row["way"] == way] for way in WAYS}
         found: dict[str, Values] = {f"right {way}": (values, None) for way, values in right.items()}
-        brought = [a - b for a, b in zip(*right.values(), strict=True)]
+        brought = [None if a is None or b is None else a - b for a, b in zip(*right.values(), strict=True)]
         found["what it brings"] = (brought, [1.0] * len(brought))  # no share: it may be less than nothing
-        used = [float(any(map(parse_commands, row["commands"]))) for row in rows if WAYS[row["way"]]]
+        used = [told(row, any(map(parse_commands, row["commands"]))) for row in rows if WAYS[row["way"]]]
         return found | {"problems with a call": (used, None)}
 
     def notes(self, rows: Sequence[dict[str, Any]]) -> list[str]:
         """How many replies hold no number, and how many problems have no reply."""
-        none, failed = sum(row["number"] is None for row in rows), [row["failed"] for row in rows if row["failed"]]
-        told = [f"{none:,} of {len(rows):,} replies hold no number and count as wrong"] if none else []
-        return told + ([f"{len(failed):,} of them were not answered, the first: {failed[0]}"] if failed else [])
+        none = sum(row["number"] is None and not row["failed"] for row in rows)
+        lines = [f"{none:,} of {len(rows):,} replies hold no number and count as wrong"] if none else []
+        return lines + unanswered([row["failed"] for row in rows])
+
+
+def told(row: dict[str, Any], truth: bool) -> float | None:
+    """A truth as a number; None where the problem was not answered."""
+    return None if row["failed"] else float(truth)
 
 
 def asked(text: str, tools: bool) -> Dialog:
