@@ -52,7 +52,7 @@ def test_with_and_without(problems: Path, tmp_path: Path, capsys: pytest.Capture
         "problems with a call": 1,
     }
     assert told["notes"] == ["1 of 4 replies hold no number and count as wrong"]
-    nothing = [{"way": way, "right": False, "commands": []} for way in gsm8k.WAYS for _ in range(4)]
+    nothing = [{"way": way, "right": False, "commands": [], "failed": ""} for way in gsm8k.WAYS for _ in range(4)]
     brought, weights = gsm8k.Arithmetic(config, []).values(nothing)["what it brings"]
     value, low, high, _ = base.figure((brought, weights))
     assert value == 0 and low == -high < 0  # a calculator may also harm
@@ -86,7 +86,7 @@ def test_an_answer_that_did_not_come_is_asked_for_again(
     config = GSM8K(data=problems, out=tmp_path / "out", json=True)
     with FakeServer(fails, repeats=True) as server:
         there = replace(config, model=f"{server.url}#m")
-        with pytest.raises(ValueError, match="gsm8k: nothing was measured; 4 of 4 were not answered .*too hot"):
+        with pytest.raises(ValueError, match=r"gsm8k: nothing was measured; 4 of 4 were not answered .*too hot"):
             gsm8k.main(there)
         server.replies = [replies]
         assert gsm8k.main(there) == 0
