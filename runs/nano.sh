@@ -99,7 +99,7 @@ stage "fine-tuning ($SFT_STEPS steps)" "$OUT/sft/moss.json" \
   moss train sft --model "$OUT/base" --data "$OUT/dialogs.jsonl" --length 512 \
   --steps "$SFT_STEPS" --save-every 50 --seed "$SEED" --out "$OUT/sft" --resume
 
-evaluate() { moss eval tools --model "$OUT/sft" --n "$QUESTIONS" --seed "$SEED" --out "$OUT/evals" --json > "$OUT/.eval" && mv "$OUT/.eval" "$OUT/eval.json"; }
+evaluate() { moss eval tools --model "$OUT/sft" --n "$QUESTIONS" --limit "$QUESTIONS" --seed "$SEED" --out "$OUT/evals" --json > "$OUT/.eval" && mv "$OUT/.eval" "$OUT/eval.json"; }
 stage "evaluation ($QUESTIONS questions a set)" "$OUT/eval.json" \
   evaluate
 

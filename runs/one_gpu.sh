@@ -109,7 +109,7 @@ stage "preference-aware training" "$OUT/pat$RESULT/moss.json" \
   moss train pat --model "$OUT/sft$RESULT" --reward "$OUT/reward$RESULT" --data "$DATA" "$REPLIES" "${COMMON[@]}" \
   --out "$OUT/pat"
 
-evaluate() { moss eval tools --model "$OUT/$1$RESULT" --n "$QUESTIONS" --seed "$SEED" --out "$OUT/evals" --json > "$OUT/.eval" && mv "$OUT/.eval" "$OUT/eval-$1.json"; }
+evaluate() { moss eval tools --model "$OUT/$1$RESULT" --n "$QUESTIONS" --limit "$QUESTIONS" --seed "$SEED" --out "$OUT/evals" --json > "$OUT/.eval" && mv "$OUT/.eval" "$OUT/eval-$1.json"; }
 for model in sft pat; do
   stage "evaluation of $model ($QUESTIONS questions a set)" "$OUT/eval-$model.json" evaluate "$model"
 done
