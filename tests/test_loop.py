@@ -246,7 +246,7 @@ def likelihood(net: Decoder) -> object:
 
 def perplexity_of(net: Decoder) -> object:
     """`moss eval perplexity`."""
-    pieces = [perplexity.Piece(f"x/{number}/0", "en", "What is it? " * 20, ()) for number in range(2)]
+    pieces = [perplexity.Piece(f"x/{number}/0", "en", ("What is it? " * 20,), 0) for number in range(2)]
     return by_task(perplexity.Prediction(perplexity.Perplexity(), pieces), net)
 
 
