@@ -53,7 +53,7 @@ scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n = int(n * s + 0.
 # The settings, all in one place. Rates are those of adapters; a step is 16 rows.
 DIALOGS=$(scaled 20000 50)
 PROMPTS=$(scaled 4000 20)
-QUESTIONS=$(scaled 100 4)
+QUESTIONS=$(scaled 100 2)
 COMMON=(--lora "$LORA" --lr 2e-4 --schedule cosine --warmup 0.03 --length "$LENGTH" --batch-tokens $((16 * LENGTH)))
 COMMON+=(--save-every 50 --seed "$SEED" --resume)
 # Over integers a stage leaves its adapter, with which the next one goes on over the same base; else a merged model.
