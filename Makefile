@@ -56,7 +56,7 @@ $(VENV)/.torch: constraints.txt
 	@touch $@
 
 $(VENV)/.core: $(VENV)/.torch pyproject.toml
-	@$(BIN)/pip install --quiet -c constraints.txt -e .
+	@$(BIN)/pip install --quiet -c constraints.txt -e ".[search]"
 	@$(BIN)/python -c "from moss.engine.kernels import library; library()"
 	@touch $@
 

@@ -36,7 +36,8 @@ from moss.engine.grammar import commands_grammar
 from moss.engine.requests import Request
 from moss.evals.tool_cases import LANGS, scripted
 from moss.tokenizer import EOS, MARKERS, Tokenizer
-from moss.tools.base import MAX_CALLS, standard_tools
+from moss.tools.base import standard_tools
+from moss.tools.calls import MAX_CALLS
 
 REPEATS = 9  # turns whose tokens are timed one by one
 WIDE = 100_000  # ids, about as many as the released vocabulary has

@@ -36,6 +36,7 @@ _PUBLIC = {
     "answer": "moss.tools.chat_server",
     "ToolError": "moss.tools.base",
     "standard_tools": "moss.tools.base",
+    "load_tools": "moss.tools.own",
     "tool": "moss.tools.base",
     **dict.fromkeys(
         ("Event", "Thoughts", "Command", "ToolStarted", "ToolProgress", "ToolDone", "Reply", "Notice", "Error", "Done"),

@@ -31,6 +31,7 @@ VERBS = {
     "data convert": "moss.data.dialogs:Convert",
     "data tokens": "moss.data.mix:TokenShards",
     "data show": "moss.data.dialogs:Show",
+    "data index": "moss.data.index:MakeIndex",
     "train tokenizer": "moss.train.tokenizer:TrainTokenizer",
     "train pretrain": "moss.train.pretrain:Pretrain",
     "train sft": "moss.train.sft:SFT",

@@ -1,6 +1,12 @@
-"""The events of a turn as people see them: thoughts dim, each command with its live status and result, the reply."""
+"""The events of a turn as people see them: thoughts dim, each command with its live status and result, the reply.
+
+What the reply cites (`<sup><|2|></sup>`) is shown as [2], and named below it.
+"""
 
 from __future__ import annotations
+
+import re
+from typing import Any
 
 from rich.console import Console
 from rich.status import Status
@@ -8,6 +14,30 @@ from rich.text import Text
 
 from moss.errors import plain
 from moss.tools import run
+
+_CITATION = re.compile(r"<sup>((?:<\|\d+\|>)+)</sup>")
+_BEGUN = re.compile(r"<(?:s(?:u(?:p(?:>(?:<\|\d+\|>)*(?:<(?:\|(?:\d+(?:\|)?)?|/(?:s(?:u(?:p)?)?)?)?)?)?)?)?)?$")
+
+
+class Citations:
+    """The citations of a reply that comes in pieces, and the sources of its turn by their numbers."""
+
+    def __init__(self) -> None:
+        self.sources: dict[int, dict[str, Any]] = {}
+        self.cited: list[int] = []
+        self._held = ""
+
+    def read(self, text: str, *, last: bool = False) -> str:
+        """The text to show; the beginning of what may become a citation waits for its end, or for the `last` piece."""
+        text = _CITATION.sub(self._short, self._held + text)
+        begun = None if last else _BEGUN.search(text)
+        self._held = begun.group() if begun else ""
+        return text[: len(text) - len(self._held)]
+
+    def _short(self, citation: re.Match[str]) -> str:
+        numbers = [int(number) for number in re.findall(r"\d+", citation.group(1))]
+        self.cited += [number for number in numbers if number not in self.cited]
+        return "".join(f"[{number}]" for number in numbers)
 
 
 class Screen:
@@ -19,6 +49,7 @@ class Screen:
         self._raw: dict[int, str] = {}
         self._running: dict[int, str] = {}
         self._status: Status | None = None
+        self._citations = Citations()
 
     def show(self, event: run.Event) -> None:
         """Show one event."""
@@ -36,13 +67,22 @@ class Screen:
             case run.ToolDone():
                 self._tool_done(event)
             case run.Reply(text):
-                self._write("reply", text, "")
+                self._write("reply", self._citations.read(text), "")
             case run.Notice(text):
                 self._line(Text(plain(text), style="yellow"))
             case run.Error(text):
                 self._line(Text(plain(text), style="red"))
             case run.Done():
-                self.end()
+                self._end_reply()
+
+    def _end_reply(self) -> None:
+        """The rest of the reply, and the sources that it cites."""
+        self._write("reply", self._citations.read("", last=True), "")
+        self.end()
+        for number in self._citations.cited:
+            if source := self._citations.sources.get(number):
+                self._line(Text(plain(f"[{number}] {source['title']}  {source['url']}"), style="dim"))
+        self._citations = Citations()
 
     def end(self) -> None:
         """Close what is open: the line, the live status."""
@@ -52,6 +92,8 @@ class Screen:
 
     def _write(self, section: str, text: str, style: str) -> None:
         """Go on with a section's text, on a new line where the section is new."""
+        if not text:
+            return
         if section != self._section:
             self.end()
             self._section = section
@@ -71,6 +113,7 @@ class Screen:
     def _tool_done(self, event: run.ToolDone) -> None:
         self._running.pop(event.call, None)
         self._show_status()
+        self._citations.sources.update({source["number"]: source for source in event.sources})
         line = Text(self._raw.get(event.call, event.name), style="cyan")
         if event.ok:
             body = plain(event.result)

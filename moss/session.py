@@ -37,7 +37,8 @@ from moss.resolve import load as load_model
 from moss.resolve import quality as quality_of
 from moss.tokenizer import Tokenizer
 from moss.tools import run
-from moss.tools.base import Tool, parse_commands, prepare, standard_tools
+from moss.tools.base import Tool, prepare, standard_tools
+from moss.tools.calls import parse_commands
 from moss.tools.chat_server import ChatServer, answer, connect
 
 Wanted = str | Iterable[str | Tool]  # `all`, `none`, `calculator,solver`, or keys and tools of one's own
@@ -50,6 +51,7 @@ def load(
     dtype: Dtype = "auto",
     device: Device = "auto",
     tools: Wanted = "all",
+    known: Mapping[str, Tool] | None = None,
     meta_instruction: str = META_INSTRUCTION,
     temperature: float = 0.0,
     top_p: float = 0.8,
@@ -64,7 +66,8 @@ def load(
     tokenizer: for a model on a server alone: its folder makes the server complete our ids (`moss.engine.remote`);
     without it the server is asked to chat (`moss.tools.chat_server`).
     dtype, device: see `moss.resolve.choose` for what `auto` is. tools: those switched on, as in `moss chat --tools`,
-    or a list that may hold tools of your own (`@moss.tool`), which go before standard ones with their key.
+    or a list that may hold tools of your own (`@moss.tool`), which go before standard ones with their key. known: the
+    tools there are, by key, where they are not the standard ones alone (`moss.load_tools`).
     temperature: 0 always takes the likeliest token. max_tokens: of a pass, that is of a round or a reply. quality: the
     preference tag; a model of `moss train pat` gets 100 where none is named. seed: the same seed draws the same
     answers. deterministic: the model's scores are the same to the last bit, however the prompt is read or remembered
@@ -77,7 +80,7 @@ def load(
         raise UsageError(str(error)) from None
     if quality is not None and quality not in QUALITIES:
         raise UsageError(f"quality {quality} is not one of {', '.join(map(str, QUALITIES))}")
-    known, switches = switched(tools)  # before the model is read, which takes its time
+    at_hand, switches = switched(tools, known)  # before the model is read, which takes its time
     if model is not None and on_server(model):
         if (dtype, device, deterministic) != ("auto", "auto", False):
             raise UsageError("dtype, device and deterministic are the server's own affair; leave them out")
@@ -94,14 +97,14 @@ def load(
         engine = Engine(decoder, slots=1, deterministic=deterministic)
         quality = quality_of(model, quality)
     dialog = Dialog(meta_instruction, switches, [])
-    return Chat(dialog, engine, tok, known, sampling, quality=quality, seed=seed, about=about, end=engine.close)
+    return Chat(dialog, engine, tok, at_hand, sampling, quality=quality, seed=seed, about=about, end=engine.close)
 
 
 def switched(wanted: Wanted, known: Mapping[str, Tool] | None = None) -> tuple[dict[str, Tool], dict[str, bool]]:
     """The tools there are, by key, and the switches with which only the wanted ones are on."""
     tools = dict(standard_tools() if known is None else known)
     if wanted in ("all", "none"):
-        wanted = tools if wanted == "all" else []
+        wanted = [key for key, tool in tools.items() if not tool.lacks] if wanted == "all" else []
     elif isinstance(wanted, str):
         wanted = map(str.strip, wanted.split(","))
     keys = set()
@@ -115,8 +118,10 @@ def switched(wanted: Wanted, known: Mapping[str, Tool] | None = None) -> tuple[d
 
 
 def check_tool(key: str, tools: Mapping[str, Tool]) -> None:
-    """UsageError where there is no such tool."""
+    """UsageError where there is no such tool, or it cannot work here."""
     if key in tools:
+        if tools[key].lacks:
+            raise UsageError(f"{tools[key].switch} ({key}) cannot be used: {tools[key].lacks}")
         return
     if key in SWITCHES:
         raise UsageError(f"{SWITCHES[key].label} ({key}) is not part of this version; there are {', '.join(tools)}")
@@ -185,7 +190,8 @@ class Switches(Mapping[str, bool]):
         return self._chat.dialog.switches.get(key, False)
 
     def __setitem__(self, key: str, on: bool) -> None:
-        check_tool(key, self._chat.known)
+        if on or key not in self._chat.known:
+            check_tool(key, self._chat.known)
         self._chat.dialog.switches[key] = bool(on)
 
     def __iter__(self) -> Iterator[str]:

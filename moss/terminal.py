@@ -35,6 +35,7 @@ from moss.log import note
 from moss.resolve import Device, Dtype, stage
 from moss.screen import Screen
 from moss.session import counted, expanded
+from moss.tools.own import load_tools
 
 try:
     import readline
@@ -56,6 +57,8 @@ class Chat:
     dtype: Dtype = "auto"  # format of the weights; auto takes what fits this machine and the model's size
     device: Device = "auto"  # where the model runs; auto takes the GPU where there is one and it gains
     tools: str = "all"  # tools switched on: all, none, or a list such as calculator,solver
+    tools_from: Path | None = None  # Python file with tools of your own: functions under @moss.tool
+    mcp: str | None = None  # MCP server whose tools to use: a command in quotes, an address, or a settings file
     temperature: float = 0.0  # how freely tokens are drawn; 0 = always the likeliest
     top_p: float = 0.8  # draw among the likeliest tokens that make up this share
     max_tokens: int = 512  # most tokens of a pass, that is of a round of thinking or of a reply
@@ -93,6 +96,7 @@ def open_chat(config: Chat) -> session.Chat:
         dtype=config.dtype,
         device=config.device,
         tools=config.tools,
+        known=load_tools(config.tools_from, config.mcp),
         meta_instruction=META_INSTRUCTION if config.meta_instruction is None else read_meta(config.meta_instruction),
         temperature=config.temperature,
         top_p=config.top_p,
@@ -257,9 +261,11 @@ def _tools(chat: session.Chat, console: Console, words: list[str]) -> None:
     elif words:
         chat.tools[words[0]] = words[1] == "on"
     table = Table(box=None, show_header=False, pad_edge=False)
-    for key, switch in SWITCHES.items():
+    for key in SWITCHES | chat.known:
         state = "[green]on[/]" if chat.tools.get(key) else "off"
-        table.add_row(key, state, switch.api if key in chat.tools else "[dim]not part of this version[/]")
+        tool = chat.known.get(key)
+        lacks = "not part of this version" if tool is None else tool.lacks
+        table.add_row(key, state, Text(plain(lacks), style="dim") if lacks or tool is None else plain(tool.api))
     console.print(table)
 
 

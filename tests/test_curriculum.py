@@ -13,7 +13,7 @@ from moss.chat import META_INSTRUCTION, SWITCHES
 from moss.data import curriculum
 from moss.data.curriculum import KINDS, TOOL_KINDS, Curriculum, conversation, dialogs, main, questions, text
 from moss.data.family import held_out, reserved
-from moss.tools.base import parse_commands
+from moss.tools.calls import parse_commands
 
 KEYS = {"calculator": "Calculate", "solver": "Solve"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -330,9 +331,12 @@ def test_question_that_never_fits(tok: Tokenizer) -> None:
 def test_huge_result_leaves_room(tok: Tokenizer) -> None:
     """A result of thousands of digits must be cut for the model, not for the user."""
     text = ' x<eot>\n<|Commands|>: Solve("long")<eoc>'
-    events, _ = run(tok, text, "<|MOSS|>:" + SAY, on=dialog(solver=True), max_length=2000)
+    events, engine = run(tok, text, "<|MOSS|>:" + SAY, on=dialog(solver=True), max_length=2000)
     assert next(e for e in events if isinstance(e, ToolDone)).result == "9" * 3000
-    assert turn_of(events).rounds[0].results == 'Solve("long") =>\n' + "9" * 999 + "…"
+    results = turn_of(events).rounds[0].results
+    assert re.fullmatch(r'Solve\("long"\) =>\n9+…', results)
+    left = 2000 - 500 - len(engine.prompts[0]) - len(ids(tok, text))
+    assert 0.7 < len(tok.encode(results)) / (left / 2) <= 1  # the other half is for what may follow
 
 
 def test_closed_engine_is_an_error_event(tok: Tokenizer) -> None:
@@ -374,7 +378,8 @@ def test_events_are_json(tok: Tokenizer) -> None:
     rows = {e.type: json.loads(json.dumps(e.to_json())) for e in events}
     assert rows["tool_done"].pop("seconds") >= 0
     assert rows["tool_done"] == {
-        "type": "tool_done", "call": 0, "name": "Calculate", "ok": True, "result": "<1+1>", "error": ""
+        "type": "tool_done", "call": 0, "name": "Calculate", "ok": True, "result": "<1+1>", "error": "",
+        "sources": [],
     }  # fmt: skip
     done = rows["done"]
     assert done["type"] == "done" and done["turn"]["rounds"][0]["thoughts"] == "add"

@@ -28,6 +28,7 @@ from moss.errors import UsageError
 from moss.screen import Screen
 from moss.terminal import Chat, answer_line, ask_once, converse, open_chat
 from moss.tokenizer import Tokenizer, train
+from moss.tools import own
 from tests.fakes import toy_folder
 from tests.test_session import PLAIN, TOOLS, asked, scripted
 
@@ -119,7 +120,7 @@ def test_tools_are_shown_and_switched(tok: Tokenizer):
     assert dict(chat.tools) == {"calculator": False, "solver": True}
     assert re.search(r"calculator +off", shown.getvalue())
     assert re.search(r"solver +on", shown.getvalue())
-    assert re.search(r"search +off +not part of this version", shown.getvalue())
+    assert re.search(r"text2img +off +not part of this version", shown.getvalue())
     answer_line(chat, screen, "/tools none")
     assert dict(chat.tools) == {"calculator": False, "solver": False}
     answer_line(chat, screen, "/tools all")
@@ -164,7 +165,7 @@ def test_save_and_load_give_the_same_conversation(tok: Tokenizer, tmp_path: Path
         ("/meta {tmp}/latin.txt", "not text in UTF-8"),
         ("/tools calculator", "NAME on|off"),
         ("/tools oracle on", "no tool 'oracle'"),
-        ("/tools search on", "not part of this version"),
+        ("/tools speech on", "not part of this version"),
         ('/tools "', "NAME on|off"),
         ("/load ~nobody-of-this-name/x", "no such home folder"),
         ("/load {tmp}/two.jsonl", "several conversations"),
@@ -249,7 +250,7 @@ def test_help_lists_every_command(tok: Tokenizer):
         (Chat(prompt="  "), "empty"),
         (Chat(prompt="x", quality=70), "quality 70 is not one of"),
         (Chat(prompt="x", tools="calculater"), "no tool 'calculater'"),
-        (Chat(prompt="x", tools="search"), "not part of this version"),
+        (Chat(prompt="x", tools="speech"), "not part of this version"),
         (Chat(prompt="x", tools=""), "no tool ''"),
         (Chat(prompt="x", tools="calculator,"), "no tool ''"),
         (Chat(prompt="x", temperature=-1.0), "temperature is -1.0"),
@@ -271,7 +272,7 @@ def test_flags_reach_the_chat(model_folder: Path, tmp_path: Path):
         quality=60, seed=3, meta_instruction=tmp_path / "meta.txt",
     )  # fmt: skip
     with open_chat(config) as chat:
-        assert dict(chat.tools) == {"calculator": False, "solver": True}
+        assert dict(chat.tools) == {"search": False, "calculator": False, "solver": True}
         assert (chat.quality, chat.seed, chat.meta_instruction) == (60, 3, "Answer in rhymes.")
         assert (chat.sampling.temperature, chat.sampling.top_p, chat.sampling.max_tokens) == (0.5, 0.4, 7)
         assert chat.about.endswith("M parameters as bfloat16")
@@ -298,7 +299,7 @@ def test_tools_are_started_while_the_first_question_is_typed(model_folder: Path,
     """The first equation of a chat waited for SymPy; a tool that is switched off, or `-p`, must start nothing early."""
     started: list[str] = []
     made = {key: replace(each, prepare=lambda key=key: started.append(key)) for key, each in TOOLS.items()}
-    monkeypatch.setattr(session, "standard_tools", lambda: made)
+    monkeypatch.setattr(own, "standard_tools", lambda: made)
     monkeypatch.setattr(sys, "stdin", io.StringIO("/quit\n"))
     assert terminal.main(Chat(model=str(model_folder), tools="solver")) == 0
     assert started == ["solver"]

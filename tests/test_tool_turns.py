@@ -20,7 +20,7 @@ from moss.data.slots import Number, compile_spec, whole
 from moss.data.symbols import EQUATIONS, expression, typed
 from moss.data.tool_turns import book, families, in_order, scene
 from moss.tools.arithmetic import evaluate
-from moss.tools.base import parse_commands
+from moss.tools.calls import parse_commands
 from moss.tools.solver import solve_inline
 
 LANGS = ("en", "zh")

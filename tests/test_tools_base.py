@@ -10,20 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from moss.tools.base import (
-    MAX_CALLS,
-    Call,
-    Outcome,
-    Tool,
-    ToolError,
-    execute,
-    format_results,
-    parse_commands,
-    read_commands,
-    run_calls,
-    standard_tools,
-    tool,
-)
+from moss.tools.base import Tool, ToolError, standard_tools, tool
+from moss.tools.calls import MAX_CALLS, Call, Outcome, execute, format_results, parse_commands, read_commands, run_calls
 
 
 @tool(key="echo", switch="Echo", api="Echo", same_line=True)
@@ -147,6 +135,7 @@ def test_standard_tools_have_their_names() -> None:
     """Prevents: renaming a switch or API that trained models know."""
     tools = standard_tools()
     assert [(key, each.switch, each.api) for key, each in tools.items()] == [
+        ("search", "Web search", "Search(query)"),
         ("calculator", "Calculator", "Calculate(expression)"),
         ("solver", "Equation solver", "Solve(equation)"),
     ]

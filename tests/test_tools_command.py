@@ -35,7 +35,7 @@ def test_json_form(capfd: pytest.CaptureFixture[str]) -> None:
                 "args": ["x"],
                 "ok": False,
                 "result": "None",
-                "error": "no tool is called 'Delete'; there are Calculate, Solve",
+                "error": "no tool is called 'Delete'; there are Search, Calculate, Solve",
             },
         ],
         "results": 'Calculate("37*12") => 444\nSolve("x^2=4") =>\nx_0 = -2\nx_1 = 2',

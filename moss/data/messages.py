@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from moss.chat import NONE, QUALITIES, SWITCHES, Dialog, Round, Turn
-from moss.tools.base import Call, parse_commands
+from moss.tools.calls import Call, parse_commands
 
 Row = dict[str, Any]
 SIDE = "moss"

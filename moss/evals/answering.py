@@ -19,7 +19,7 @@ import numpy as np
 from moss.chat import Dialog, Turn
 from moss.engine import Engine, Sampling
 from moss.evals.base import Subject
-from moss.tools.base import Tool
+from moss.tools.base import Result, Tool
 from moss.tools.chat_server import answer
 from moss.tools.run import Command, Done, Error, Options, ToolDone
 
@@ -27,6 +27,7 @@ T = TypeVar("T")
 
 AT_ONCE = 16  # conversations under way
 TOOLS_AT_ONCE = 4  # calls under way: the sandbox refuses crowds, and a measurement waits instead
+WAITING = 3600.0  # seconds that a call may take with its waiting for a place
 
 
 @dataclass
@@ -72,16 +73,16 @@ def answers(
 def _watched(tools: Mapping[str, Tool], ran: list[str], places: threading.Semaphore) -> dict[str, Tool]:
     """The tools, noting in `ran` what really runs, and waiting for a place instead of being refused."""
 
-    def noting(tool: Tool) -> Callable[..., str]:
+    def noting(tool: Tool) -> Callable[..., Result]:
         @functools.wraps(tool.function)
-        def run(*args: str) -> str:
+        def run(*args: Any) -> Result:
             ran.append(tool.name)
             with places:
                 return tool.function(*args)
 
         return run
 
-    return {key: replace(tool, function=noting(tool)) for key, tool in tools.items()}
+    return {key: replace(tool, function=noting(tool), seconds=WAITING) for key, tool in tools.items()}
 
 
 def continued(

@@ -25,7 +25,8 @@ from moss.evals.answering import answers
 from moss.evals.base import Evaluation, Kept, Subject, Values, made_of, run, unanswered
 from moss.evals.replies import last_number
 from moss.log import bar
-from moss.tools.base import parse_commands, standard_tools
+from moss.tools.base import standard_tools
+from moss.tools.calls import parse_commands
 from moss.tools.run import Options
 
 PUBLISHED = "GSM8K is at github.com/openai/grade-school-math"

@@ -22,7 +22,7 @@ from moss.data.dialogs import from_row, read_rows
 from moss.data.family import Item
 from moss.evals.replies import holds
 from moss.log import note
-from moss.tools.base import parse_commands
+from moss.tools.calls import parse_commands
 
 LANGS = ("en", "zh")
 SCRIPTED = (

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from moss.chat import NONE, SWITCHES, Turn
 from moss.evals.replies import holds, refuses, spaced
 from moss.evals.tool_cases import Case
-from moss.tools.base import Call, parse_commands, standard_tools
+from moss.tools.base import standard_tools
+from moss.tools.calls import Call, parse_commands
 
 
 @dataclass

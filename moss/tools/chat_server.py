@@ -32,7 +32,8 @@ from moss.engine.remote import GARBAGE, Refused, RemoteEngine, Server
 from moss.tokenizer import Tokenizer
 from moss.tokenizer import load as load_tokenizer
 from moss.tools import run
-from moss.tools.base import NO_RESULT, Call, Outcome, Tool, format_results, parse_commands
+from moss.tools.base import Tool
+from moss.tools.calls import MAX_CALLS, NO_RESULT, Call, format_results, parse_commands, shown
 from moss.tools.run import BROKEN, PASSES, Command, Done, Error, Event, Options, Reply, Submits, Thoughts
 
 OPTIONS = Options()
@@ -151,7 +152,7 @@ class _ChatTurn:
         self.system: list[Message] = [{"role": "system", "content": dialog.meta}] if dialog.meta else []
         self.past = [list(self._told(turn)) for turn in dialog.turns[:-1]]
         self.now: list[Message] = [{"role": "user", "content": self.turn.human}]
-        self.num_calls = self.num_passes = 0
+        self.num_calls = self.num_passes = self.num_sources = 0
         self.usage: dict[str, int] = {}
         self.started = time.perf_counter()
         self.first_token = self.tool_seconds = 0.0
@@ -247,16 +248,17 @@ class _ChatTurn:
         for index, call in enumerate(calls):
             yield Command(first + index, call.name, call.args, call.raw, len(self.turn.rounds))
         started = time.perf_counter()
-        outcomes = yield from run.work(calls, self.tools, self.enabled, first)
+        limit = self.server.max_length // (2 * max(1, min(len(calls), MAX_CALLS)))  # characters; a token or more each
+        outcomes = yield from run.work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit)
+        self.num_sources += sum(len(outcome.sources) for outcome in outcomes)
         self.tool_seconds += time.perf_counter() - started
-        limit = run.result_limit(self.server.max_length, calls)
         kept = [index for index, call in enumerate(calls) if not call.error]
         commands, done = [calls[index] for index in kept], [outcomes[index] for index in kept]
         results = format_results(commands, done, self.tools, limit=limit)
         line = ", ".join(call.raw for call in commands)
         self.turn.rounds.append(Round(said.thoughts.strip() or NONE, line or NONE, results))
         sent = [(call["id"] or next(self.ids), call["name"], _valid(call["arguments"])) for call in given]
-        contents = [_content(outcome, limit) for outcome in outcomes]
+        contents = [shown(outcome, limit) for outcome in outcomes]
         self.now += self._exchange(sent, contents, said.thoughts, said.reply)
 
     def _reply(self, text: str, begins: bool) -> Iterator[Event]:
@@ -344,13 +346,6 @@ def _arguments(call: Call, tools: Mapping[str, Tool]) -> str:
     names = [] if tool is None else list(tool.parameters)[: len(call.args)]
     names += [f"argument_{number + 1}" for number in range(len(names), len(call.args))]
     return json.dumps(dict(zip(names, call.args)), ensure_ascii=False)
-
-
-def _content(outcome: Outcome, limit: int) -> str:
-    """What the server reads of a call: the same as the model here would."""
-    if not outcome.ok:
-        return NO_RESULT
-    return outcome.text if len(outcome.text) <= limit else outcome.text[: limit - 1] + "…"
 
 
 def _contents(calls: Sequence[Call], results: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 moss tool 'Calculate("x=1.5;y=x^2;x+y=?")'
 moss tool - --json < lines.txt
+moss tool --tools-from tools.py 'ConvertMoney("12.5", "USD")'
+moss tool --serve-mcp                                # the tools for other programs, until they leave
 """
 
 from __future__ import annotations
@@ -10,18 +12,25 @@ import dataclasses
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from moss.config import option
-from moss.tools.base import MAX_CALLS, NO_RESULT, format_results, prepare, read_commands, run_calls, standard_tools
+from moss.errors import UsageError
+from moss.tools.base import Tool, prepare
+from moss.tools.calls import MAX_CALLS, NO_RESULT, format_results, read_commands, run_calls, shown
+from moss.tools.own import load_tools
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolCommand:
     """Run a line of tool commands, as the model writes them, and print the results."""
 
-    commands: str = option(positional=True)  # such as 'Calculate("1+1"), Solve("x+2=5")'; - reads lines from stdin
+    commands: str = option("", positional=True)  # such as 'Calculate("1+1"), Solve("x+2=5")'; - reads lines from stdin
+    tools_from: Path | None = None  # Python file with tools of your own: functions under @moss.tool
+    mcp: str | None = None  # MCP server whose tools to use: a command in quotes, an address, or a settings file
+    serve_mcp: bool = False  # serve the tools to an MCP client on standard input and output
     json: bool = False  # one JSON line each: calls (name, args, ok, result, seconds, error), results, ignored
 
 
@@ -29,26 +38,33 @@ def main(config: ToolCommand) -> int:
     """Run the line, or every line of standard input; 1 when a single line gives no result."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    if config.serve_mcp == bool(config.commands):
+        raise UsageError("""write a line of commands, such as moss tool 'Calculate("1+1")', or --serve-mcp""")
+    tools = load_tools(config.tools_from, config.mcp)
+    if config.serve_mcp:
+        from moss.tools import mcp_server  # the extra is needed only here
+
+        mcp_server.serve(tools)
+        return 0
     if config.commands != "-":
-        report = run_line(config.commands)
+        report = run_line(config.commands, tools)
         _show(report, as_json=config.json)
         if not report["calls"] and report["ignored"]:
             raise ValueError(f'no command in {config.commands[:60]!r}; write for example Calculate("1+1")')
         return 0 if all(call["ok"] for call in report["calls"]) else 1
-    prepare(standard_tools())
+    prepare(tools)
     for line in _lines():
-        _show(run_line(line), as_json=config.json)
+        _show(run_line(line, tools), as_json=config.json)
     return 0
 
 
-def run_line(line: str) -> dict[str, Any]:
+def run_line(line: str, tools: Mapping[str, Tool]) -> dict[str, Any]:
     """What became of a line of commands, ready for JSON."""
-    tools = standard_tools()
     calls, ignored = read_commands(line)
     outcomes = run_calls(calls, tools)
     reports = []
     for call, outcome in zip(calls, outcomes):
-        result = outcome.text if outcome.ok else NO_RESULT if outcome.ran else "None"
+        result = shown(outcome) if outcome.ok else NO_RESULT if outcome.ran else "None"
         report = {"name": call.name, "args": call.args, "ok": outcome.ok, "result": result}
         reports.append(report | {"seconds": round(outcome.seconds, 6), "error": outcome.error or None})
     results = format_results(calls[:MAX_CALLS], outcomes[:MAX_CALLS], tools)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from moss.chat import (
@@ -40,11 +40,13 @@ from moss.chat import (
 from moss.engine import EngineError, Grammar, Sampling, Stream
 from moss.engine.grammar import commands_grammar
 from moss.tokenizer import Tokenizer
-from moss.tools.base import MAX_CALLS, Call, Outcome, Tool, format_results, parse_commands, stream_calls
+from moss.tools.base import Tool
+from moss.tools.calls import MAX_CALLS, Call, Outcome, format_results, parse_commands, refusal, stream_calls
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.8)  # of the released models' RELEASED, without penalty and time limit
 BROKEN = "the line of commands broke off, so nothing of it was run"
 NO_REPLY = "the model gave no reply; ask in another way"
+SHORTEST = 40  # characters of a result that the model reads however little room there is
 PASSES = 16  # seeds set aside for one turn: more than its passes, which are at most MAX_ROUNDS + 2
 
 
@@ -142,7 +144,10 @@ class ToolProgress(Event):
 
 @dataclass(frozen=True)
 class ToolDone(Event):
-    """A command has its result, or else `error` tells the user why not (the model reads `No result.`)."""
+    """A command has its result, or else `error` tells the user why not (the model reads `No result.`).
+
+    `sources` are numbered through all searches of a turn, so that a `<sup><|2|></sup>` in the reply names one.
+    """
 
     type: ClassVar[str] = "tool_done"
     call: int
@@ -151,6 +156,7 @@ class ToolDone(Event):
     result: str = ""
     error: str = ""
     seconds: float = 0.0
+    sources: list[dict[str, Any]] = field(default_factory=list)  # number, title, url: what the reply can cite
 
 
 @dataclass(frozen=True)
@@ -238,15 +244,17 @@ class _Turn:
         self.turn = Turn(dialog.turns[-1].human, quality=options.quality)
         switches = {key: on and (key == "thoughts" or key in tools) for key, on in dialog.switches.items()}
         # As in training on tags: only the last reply has one.
-        earlier = [dataclasses.replace(turn, quality=None) for turn in dialog.turns[:-1]]
-        self.dialog = dataclasses.replace(dialog, switches=switches, turns=[*earlier, self.turn])
+        earlier = [replace(turn, quality=None) for turn in dialog.turns[:-1]]
+        self.dialog = replace(dialog, switches=switches, turns=[*earlier, self.turn])
         self.enabled = {key for key, on in switches.items() if on}
         self.shows_thoughts = switches.get("thoughts", True)
         self.lines = SWITCHES | {key: Switch(tool.switch, tool.api) for key, tool in tools.items()}
         self.conversation: Hashable = object() if options.conversation is None else options.conversation
         self.prefix = self._prefix()
         self.num_calls = 0
+        self.num_sources = 0
         self.num_passes = 0
+        self.length = 0  # of the conversation so far, in tokens
         self.usage = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
         self.started = time.perf_counter()
         self.first_token = 0.0
@@ -284,13 +292,17 @@ class _Turn:
         """How many ids open every conversation with this meta instruction and these switches."""
         if self.options.form == "base":
             return 0
-        dialog = self.dialog if self.options.form == "plugin" else dataclasses.replace(self.dialog, switches={})
+        dialog = self.dialog if self.options.form == "plugin" else replace(self.dialog, switches={})
         return len(self.tok.encode_again(instruction(dialog, self.lines)))
+
+    @property
+    def _limit(self) -> int:
+        """The longest prompt, in tokens; what is left is for the answer."""
+        return self.engine.max_length - min(self.options.sampling.max_tokens, self.engine.max_length // 4)
 
     def _prompt(self, until: Until) -> Generator[Event, None, list[int]]:
         """The ids of the conversation up to `until`; the oldest turns go where it would be too long."""
-        reserve = min(self.options.sampling.max_tokens, self.engine.max_length // 4)
-        limit = self.engine.max_length - reserve
+        limit = self._limit
         form: Any = {"until": until, "switches": self.lines, "form": self.options.form}
         self.dialog, dropped = trim(self.dialog, self.tok, limit, **form)
         if dropped:
@@ -300,6 +312,7 @@ class _Turn:
     def _pass(self, until: Until) -> Generator[Event, None, _Pass]:
         """Run the engine once from the cut `until` and pass on what it writes."""
         prompt = yield from self._prompt(until)
+        self.length = len(prompt)
         path = _Path(self.tok, until, self.options)
         parser = StreamParser(self.tok, None if until == "results" else until)
         texts: dict[str, str] = {}
@@ -314,6 +327,7 @@ class _Turn:
             for token in stream:
                 self.first_token = self.first_token or time.perf_counter() - self.started
                 self.usage["completion_tokens"] += 1
+                self.length += 1
                 if not path.follow(token.id):
                     break
                 yield from self._say(parser.feed([token.id]), texts)
@@ -335,7 +349,7 @@ class _Turn:
         """The options' sampling for the next pass: its own seed, and what is left of the turn's time."""
         base, seed = self.options.sampling, self.options.seed
         left = None if base.time_limit is None else base.time_limit - (time.perf_counter() - self.started)
-        return dataclasses.replace(
+        return replace(
             base,
             stop_ids=stops,
             seed=None if seed is None else seed * PASSES + self.num_passes,
@@ -376,32 +390,72 @@ class _Turn:
                 yield ToolDone(first + index, call.name, False, error=BROKEN)
             return
         started = time.perf_counter()
-        outcomes = yield from work(calls, self.tools, self.enabled, first)
-        if calls:
-            self.tool_seconds += time.perf_counter() - started
-            limit = result_limit(self.engine.max_length, calls)
+        tokens = (self._limit - self.length) // 2  # for this round; what is left is for those that may follow
+        limit = self._characters(tokens) // max(1, min(len(calls), MAX_CALLS))
+        outcomes = yield from work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit)
+        if not calls:
+            return
+        self.tool_seconds += time.perf_counter() - started
+        self.num_sources += sum(len(outcome.sources) for outcome in outcomes)
+        while True:
             item.results = format_results(calls, outcomes, self.tools, limit=limit)
+            if limit <= SHORTEST or (length := len(self.tok.encode(item.results))) <= tokens:
+                return
+            limit = max(SHORTEST, limit * tokens // length * 9 // 10)
+
+    def _characters(self, tokens: int) -> int:
+        """About how many characters so many tokens are, to judge by the question: Chinese takes more."""
+        question = self.turn.human[:1000]
+        return max(SHORTEST, tokens * len(question) // max(1, len(self.tok.encode(question))))
 
 
 def work(
-    calls: Sequence[Call], tools: Mapping[str, Tool], enabled: Collection[str], first: int
+    calls: Sequence[Call],
+    tools: Mapping[str, Tool],
+    enabled: Collection[str],
+    first: int,
+    first_source: int = 1,
+    room: int = 0,
 ) -> Generator[Event, None, list[Outcome]]:
-    """Run the calls of a round side by side; `first` is the number of the first. Returns what became of each."""
-    names = {tools[key].name for key in enabled if key in tools}
+    """Run the calls of a round side by side; returns what became of each, in their order.
+
+    `first` is the number of the first call in the turn, `first_source` that of the first source; `room` is how many
+    characters of each result the model will read. A call ends when its tool's deadline passes; closing this iterator
+    gives all of them up.
+    """
     for index, call in enumerate(calls[:MAX_CALLS]):
-        if not call.error and call.name in names:
+        if isinstance(refusal(call, tools, enabled), Tool):
             yield ToolStarted(first + index, call.name)
     outcomes: dict[int, Outcome] = {}
-    for index, outcome in stream_calls(calls, tools, enabled):
-        outcomes[index] = outcome
-        name, text, error = calls[index].name, outcome.text, outcome.error
-        yield ToolDone(first + index, name, outcome.ok, text, error, outcome.seconds)
+    told: set[int] = set()
+    for index, news in stream_calls(calls, tools, enabled, room=room):
+        if isinstance(news, str):
+            yield ToolProgress(first + index, calls[index].name, news)
+            continue
+        outcomes[index] = news
+        for ready in _numberable(outcomes, told):
+            told.add(ready)
+            before = (len(outcomes[earlier].sources) for earlier in range(ready) if earlier in outcomes)
+            outcomes[ready] = replace(outcomes[ready], first=first_source + sum(before))
+            yield _done(first + ready, calls[ready].name, outcomes[ready])
     return [outcomes[index] for index in range(len(calls))]
 
 
-def result_limit(max_length: int, calls: Sequence[Call]) -> int:
-    """Characters of each result that the model reads; leaves room for the reply."""
-    return max_length // (2 * max(1, min(len(calls), MAX_CALLS)))
+def _numberable(outcomes: Mapping[int, Outcome], told: Collection[int]) -> list[int]:
+    """The calls that can be told: those with sources only once all calls before them have theirs."""
+    return [
+        index
+        for index, outcome in sorted(outcomes.items())
+        if index not in told and (not outcome.sources or all(earlier in outcomes for earlier in range(index)))
+    ]
+
+
+def _done(number: int, name: str, outcome: Outcome) -> ToolDone:
+    sources = [
+        {"number": place, "title": source.title, "url": source.url}
+        for place, source in enumerate(outcome.sources, outcome.first)
+    ]
+    return ToolDone(number, name, outcome.ok, outcome.result, outcome.error, outcome.seconds, sources)
 
 
 def left_out(turns: int) -> Notice:

@@ -1,0 +1,163 @@
+"""Web search: `Search("why is the sky blue")` gives up to three sources, each a summary with the question in mind.
+
+`MOSS_SEARCH` names where to look, in order; the first that finds something answers. Nothing goes over the network
+unless a provider stands there:
+
+* `index`: your own pages, made with `moss data index PATH`; passed over while there are none;
+* `encyclopedia`: the small one that comes with the project, in English and Chinese;
+* `searxng`, `serper`, `brave`, `tavily`: `providers.py`. The pages they name are read by the one safe client
+  (`fetch.py`), their main text taken out in the sandbox (`extract.py`), and summarised (`textrank.py`).
+
+The default is `index,encyclopedia`. The paper's method: the first three pages, one TextRank summary each (section 6).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import threading
+from functools import cache
+from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moss.tools.base import Source, ToolError, progress, tool
+from moss.tools.calls import ITEM_LIMIT, room
+
+if TYPE_CHECKING:
+    from moss.tools.index import Index
+
+ORDER = "index,encyclopedia"
+PLACES = ("index", "encyclopedia", "searxng", "serper", "brave", "tavily")
+INDEX = "~/.local/share/moss/index"  # where `moss data index` writes, unless MOSS_INDEX says otherwise
+PAGES = 3
+MAX_QUERY = 400
+SECONDS = 10.0
+
+_ADDRESS = re.compile(
+    r"\s*(?:[a-z][a-z0-9+.-]*:)?//|\s*(?:data|jar|file|javascript|blob|about|view-source):", re.IGNORECASE
+)
+_lock = threading.Lock()
+
+
+def missing() -> str:
+    """What search lacks here, in one line; "" when nothing."""
+    lacking = [package for package in ("tantivy", "trafilatura") if find_spec(package) is None]
+    return f"{' and '.join(lacking)} not installed: pip install -e '.[search]'" if lacking else ""
+
+
+def prepare() -> None:
+    """Begin to read the encyclopaedia, and to start what reads pages where the network is asked."""
+    if missing():
+        return
+    threading.Thread(target=encyclopedia, daemon=True, name="encyclopedia").start()
+    if any(place not in ("index", "encyclopedia") for place in order()):
+        from moss.tools import extract
+
+        extract.BOX.start()
+
+
+@tool(key="search", switch="Web search", api="Search", seconds=SECONDS, prepare=prepare, missing=missing)
+def search(query: str) -> list[Source]:
+    """Search for pages that answer a question, and sum them up.
+
+    Args:
+        query: what is looked for, as typed into a search engine, for example height of Mount Everest
+    """
+    query = " ".join(query.split())
+    if not query:
+        raise ToolError("there is nothing to search for")
+    if len(query) > MAX_QUERY:
+        raise ToolError(f"{len(query)} characters are too many for a search; ask for {MAX_QUERY} at most")
+    if _ADDRESS.match(query):
+        raise ToolError("Search takes words, not the address of a page")
+    if reason := missing():
+        raise ToolError(reason)
+    failed = []
+    for place in order():
+        try:
+            found = _look(place, query)
+        except ToolError as error:
+            failed.append(f"{place}: {error}")
+            continue
+        if found:
+            return found
+    raise ToolError("; ".join(failed) or "nothing found")
+
+
+def order() -> list[str]:
+    """Where to look, from `MOSS_SEARCH`; `ToolError` for a place that there is not."""
+    places = [place.strip() for place in (os.environ.get("MOSS_SEARCH") or ORDER).split(",") if place.strip()]
+    for place in places:
+        if place not in PLACES:
+            raise ToolError(f"MOSS_SEARCH names {place!r}; there are {', '.join(PLACES)}")
+    return places
+
+
+def _look(place: str, query: str) -> list[Source]:
+    """What one place finds."""
+    from moss.tools.textrank import summarize
+
+    limit = min(ITEM_LIMIT, max(40, room() // PAGES - 10)) if room() else ITEM_LIMIT
+    if place not in ("index", "encyclopedia"):
+        return asyncio.run(_network(place, query, limit))
+    index = encyclopedia() if place == "encyclopedia" else own_index()
+    pages = index.search(query, PAGES) if index is not None else []
+    return [Source(page.title, page.url, summarize(page.text, limit=limit, query=query)) for page in pages]
+
+
+async def _network(place: str, query: str, limit: int) -> list[Source]:
+    """The pages that a provider names, read and summed up; its own words where none of them can be read."""
+    from moss.tools import extract, fetch, providers
+    from moss.tools.textrank import is_chinese, summarize
+
+    progress(f"asking {place}")
+    hits = (await providers.ask(place, query, "zh" if is_chinese(query) else "en"))[:PAGES]
+    progress(f"reading {len(hits)} pages")
+    pages = await fetch.read_pages([hit.url for hit in hits])
+    found = []
+    for hit, page in zip(hits, pages):
+        if isinstance(page, fetch.Page):
+            with contextlib.suppress(ToolError):  # a page that cannot be read is left out
+                title, text = extract.text_of(page)
+                if text.strip():
+                    found.append(Source(hit.title or title, page.url, summarize(text, limit=limit, query=query)))
+    return found or [Source(hit.title, hit.url, hit.text) for hit in hits if hit.text.strip()]
+
+
+def encyclopedia() -> Index:
+    """The index of the bundled pages, made in memory at the first use."""
+    with _lock:
+        return _encyclopedia()
+
+
+@cache
+def _encyclopedia() -> Index:
+    from moss.tools.entries import markdown_pages
+    from moss.tools.index import Index
+
+    folder = resources.files("moss.tools") / "encyclopedia"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".md")), key=lambda file: file.name)
+    texts = ((file.name, file.read_text(encoding="utf-8")) for file in files)
+    return Index.of(entry for name, text in texts for entry in markdown_pages(text, f"encyclopedia/{name}", name))
+
+
+def index_folder() -> Path:
+    """Where the user's own index is."""
+    return Path(os.environ.get("MOSS_INDEX") or INDEX).expanduser()
+
+
+def own_index() -> Index | None:
+    """The user's own index as it is now; None where there is none."""
+    from moss.tools.index import Index
+
+    folder = index_folder()
+    if not folder.is_dir() and not os.environ.get("MOSS_INDEX"):
+        return None
+    try:
+        return Index.open(folder)
+    except ValueError as error:
+        raise ToolError(str(error)) from None

@@ -1,0 +1,86 @@
+"""Text as a search sees it: sentences, and terms that compare across word forms, for English and Chinese alike.
+
+    sentences("Moss grows slowly. It needs shade.")     # ['Moss grows slowly.', 'It needs shade.']
+    terms("The mosses are growing")                     # ['moss', 'grow']
+    terms("苔藓生长")                                     # ['苔藓', '藓生', '生长']: Chinese as overlapping pairs
+
+English words are lowercased and cut to a stem; Chinese needs no dictionary that way, and a pair that is no word does
+no harm, since it is rare. Words that stand in every question ("what", "是什么") are left out.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import cache, lru_cache
+
+from tantivy import Filter, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
+
+MAX_TEXT = 200_000  # characters of a page that are read
+MAX_SENTENCES = 300
+
+_CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
+_RUNS = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+(?:['’.][^\W_{_CJK}]+)*")
+_WHITE = re.compile(r"[ \t\r\f\v\u00a0\u3000]+")
+_END = re.compile(
+    r"(?<![。！？…])[。！？…]++[”’」』）]*+"  # Chinese sentences end without a blank
+    r"|(?<![.!?])[.!?]++[\"'”’)]*+(?=\s[\"'“‘(]?[A-Z0-9\u3400-\u9fff])"
+    r"|\n"
+)
+_SHORT = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|No|vs|etc|e\.g|i\.e|approx|ca|Jr|Sr|Prof|Inc|Ltd)\.$")
+
+_STOP = frozenset(
+    """a about after all also am an and any are as at be because been before being between both but by can could did do
+    does doing done during each for from further get had has have having he her here hers him his how i if in into is
+    it its itself just kind let many may me might more most much must my name no nor not now of off on once one only or
+    other our out over own please same she should so some such tell than that the their them then there these they
+    this those through to too under until up upon us use used very was we were what when where which while who whom
+    whose why will with would you your""".split()
+)
+# single characters that carry grammar or the question rather than its matter
+_STOP_ZH = frozenset("的了是在和与或吗呢吧啊么什哪谁怎这那有个就都也很被把从为以及其之于对你我他她它们请问几多少样")
+
+
+@cache
+def _stemmer() -> TextAnalyzer:
+    return TextAnalyzerBuilder(Tokenizer.raw()).filter(Filter.stemmer("english")).build()
+
+
+@lru_cache(maxsize=1 << 14)
+def _stem(word: str) -> str:
+    """A word without the endings of its forms: `studies`, `studied` and `studying` are one."""
+    return _stemmer().analyze(word)[0] if word.isascii() else word
+
+
+def terms(text: str, *, stop: bool = True) -> list[str]:
+    """The terms of a text in their order; without those of `stop` that every question has."""
+    found: list[str] = []
+    for run in _RUNS.findall(unicodedata.normalize("NFKC", text).lower()):
+        if re.match(f"[{_CJK}]", run):
+            found += _pairs(run, stop)
+            continue
+        word = run.replace("’", "'").removesuffix("'s")
+        if not (stop and word in _STOP):
+            found.append(_stem(word))
+    return found
+
+
+def _pairs(run: str, stop: bool) -> list[str]:
+    """Every two neighbours of a run of Chinese; a character that stands alone is its own term."""
+    if stop:
+        return [pair for part in re.split("[" + "".join(_STOP_ZH) + "]", run) for pair in _pairs(part, False) if part]
+    return [run] if len(run) == 1 else [run[i : i + 2] for i in range(len(run) - 1)]
+
+
+def sentences(text: str) -> list[str]:
+    """The sentences of a text, at most `MAX_SENTENCES`, each on one line; headings and menu entries are among them."""
+    text = _WHITE.sub(" ", text[:MAX_TEXT])
+    found: list[str] = []
+    start = 0
+    for end in [*(match.end() for match in _END.finditer(text)), len(text)]:
+        piece, start = text[start:end].strip(), end
+        if found and piece and _SHORT.search(found[-1]):
+            found[-1] += " " + piece  # it ended at "Dr."
+        elif piece:
+            found.append(piece)
+    return found[:MAX_SENTENCES]
