@@ -34,6 +34,7 @@ ORDER = "index,encyclopedia"
 PLACES = ("index", "encyclopedia", "searxng", "serper", "brave", "tavily")
 INDEX = "~/.local/share/moss/index"  # where `moss data index` writes, unless MOSS_INDEX says otherwise
 PAGES = 3
+LEAST, LEAST_CHINESE = 110, 50  # characters of a page without which it is left out, so that the others say something
 MAX_QUERY = 400
 SECONDS = 10.0
 
@@ -99,23 +100,46 @@ def order() -> list[str]:
 
 def _look(place: str, query: str) -> list[Source]:
     """What one place finds."""
+    if place == "encyclopedia":
+        return bundled(query, room())
+    if place == "index":
+        index = own_index()
+        return [] if index is None else _summed_up(index, query, room())
+    return asyncio.run(_network(place, query, room()))
+
+
+def bundled(query: str, room: int = 0) -> list[Source]:
+    """What the encyclopaedia has, in about `room` characters (0 = any number)."""
+    return _summed_up(encyclopedia(), query, room)
+
+
+def _summed_up(index: Index, query: str, room: int) -> list[Source]:
+    """The best pages of an index, each summed up."""
     from moss.tools.textrank import summarize
 
-    limit = min(ITEM_LIMIT, max(40, room() // PAGES - 10)) if room() else ITEM_LIMIT
-    if place not in ("index", "encyclopedia"):
-        return asyncio.run(_network(place, query, limit))
-    index = encyclopedia() if place == "encyclopedia" else own_index()
-    pages = index.search(query, PAGES) if index is not None else []
-    return [Source(page.title, page.url, summarize(page.text, limit=limit, query=query)) for page in pages]
+    pages, limit = shares(room, query)
+    found = index.search(query, pages)
+    return [Source(page.title, page.url, summarize(page.text, limit=limit, query=query)) for page in found]
 
 
-async def _network(place: str, query: str, limit: int) -> list[Source]:
+def shares(room: int, query: str) -> tuple[int, int]:
+    """How many pages, and how many characters of each, where the model reads `room` of all: fewer pages rather than
+    pages that say nothing."""
+    if not room:
+        return PAGES, ITEM_LIMIT
+    least = LEAST_CHINESE if re.search("[\u3400-\u9fff]", query) else LEAST
+    pages = min(PAGES, max(1, room // least))
+    return pages, min(ITEM_LIMIT, max(least // 2, room // pages - 10))
+
+
+async def _network(place: str, query: str, room: int) -> list[Source]:
     """The pages that a provider names, read and summed up; its own words where none of them can be read."""
     from moss.tools import extract, fetch, providers
     from moss.tools.textrank import is_chinese, summarize
 
+    wanted, limit = shares(room, query)
     progress(f"asking {place}")
-    hits = (await providers.ask(place, query, "zh" if is_chinese(query) else "en"))[:PAGES]
+    hits = (await providers.ask(place, query, "zh" if is_chinese(query) else "en"))[:wanted]
     progress(f"reading {len(hits)} pages")
     pages = await fetch.read_pages([hit.url for hit in hits])
     found = []

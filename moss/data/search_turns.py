@@ -1,0 +1,297 @@
+"""Search turns of the scripted material: questions that need a search, answered from what the bundled pages say.
+
+The facts and phrasings stand in `material/search.*.toml`: a *relation* has rows of pages with their answers, the many
+ways in which people ask for it, and the query that fits. The search is run, never written down: a turn holds what
+`Search` gives, and its reply is the sentence found there that holds the answer, with its citation. Where the bundled
+pages do not know (`unknown`: the weather, a price), the reply says so. `compare` takes two searches side by side and
+then a calculation: a turn of two rounds.
+
+Names in a query are as the person typed them. How much of each page the model reads is drawn, as it differs from model
+to model.
+
+    moss data curriculum --kind questions --n 3
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from importlib import resources
+from typing import Any
+
+from moss.chat import Round, Turn
+from moss.data.casual import casual
+from moss.data.family import Draft
+from moss.data.slots import trim
+from moss.tools.arithmetic import evaluate
+from moss.tools.base import Source
+from moss.tools.calls import Call, Outcome, format_results, numbered
+from moss.tools.search import bundled
+from moss.tools.words import sentences
+
+Accept = Callable[[str, str], bool]
+KINDS = ("search", "search_off")
+FILES = ("things", "people")
+TRIES = 2000
+SHARES = {"relation": 0.72, "compare": 0.12, "unknown": 0.16}
+ROOM = {"en": (330, 400, 480, 560), "zh": (150, 175, 200, 230)}  # characters of a result, one of which is drawn
+LEAD_IN = 0.25  # of the replies say that it was found
+LEADS = {
+    "en": ("I looked it up: ", "Here is what I found: ", "This is what the page says: ", "Found it: "),
+    "zh": ("我查到：", "查到的资料说：", "搜索结果是：", "资料里写道："),
+}
+NEXT = 0.25  # of the questions are followed by the same one about something else
+FOLLOW_UPS = {
+    "en": (
+        "And {k}?",
+        "What about {k}?",
+        "How about {k}?",
+        "Okay, and for {k}?",
+        "Now the same for {k}.",
+        "{k} too, please.",
+    ),
+    "zh": ("那{k}呢？", "{k}呢？", "换成{k}呢？", "再查一个：{k}。", "同样的问题，{k}。", "好的，{k}呢？"),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a page says: its subject as people name it, and the words that a right answer holds."""
+
+    name: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A relation, a comparison or a kind of thing that changes by the day, in one language."""
+
+    name: str
+    kind: str
+    lang: str
+    ask: tuple[str, ...]
+    thoughts: tuple[str, ...]
+    query: str = ""
+    rows: tuple[Fact, ...] = ()
+    things: tuple[str, ...] = ()
+    relations: tuple[str, ...] = ()  # of a comparison: of {a}, and of {b} where that is another
+    calculate: str = ""
+    then: tuple[str, ...] = ()
+    reply: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Book:
+    """All that one language has."""
+
+    entries: Mapping[str, Mapping[str, Entry]]  # by kind and name
+    off: Mapping[str, tuple[str, ...]]
+
+
+@cache
+def book(lang: str) -> Book:
+    """The material of a language, read once."""
+    folder = resources.files("moss.data") / "material"
+    entries: dict[str, dict[str, Entry]] = {kind: {} for kind in SHARES}
+    off: dict[str, tuple[str, ...]] = {}
+    for file in FILES:
+        content = tomllib.loads((folder / f"search.{file}.toml").read_text(encoding="utf-8"))
+        for kind, found in entries.items():
+            for table in content.get(kind, ()):
+                found[table["name"]] = _entry(kind, lang, table)
+        off.update({name: tuple(texts) for name, texts in content.get("off", {}).get(lang, {}).items()})
+    return Book(entries, off)
+
+
+def _entry(kind: str, lang: str, table: Mapping[str, Any]) -> Entry:
+    side = {name: tuple(value) if isinstance(value, list) else value for name, value in table[lang].items()}
+    at = 0 if lang == "en" else 2
+    rows = tuple(Fact(row[at], row[at + 1]) for row in table.get("rows", ()))
+    relations = tuple(table[name] for name in ("relation", "relation2") if name in table)
+    things = tuple(table.get("things", {}).get(lang, ()))
+    return Entry(
+        table["name"], kind, lang, rows=rows, things=things, relations=relations,
+        calculate=table.get("calculate", ""), **side,
+    )  # fmt: skip
+
+
+def families(lang: str) -> list[str]:
+    """Names of all phrasing families of a language."""
+    found = [
+        _family(entry, place)
+        for entries in book(lang).entries.values()
+        for entry in entries.values()
+        for place in range(len(entry.ask))
+    ]
+    return found + [f"search.next.{lang}.{place}" for place in range(len(FOLLOW_UPS[lang]))]
+
+
+def _family(entry: Entry, place: int) -> str:
+    return f"search.{entry.kind}.{entry.name}.{entry.lang}.{place}"
+
+
+@lru_cache(maxsize=1 << 14)
+def found_for(query: str, room: int) -> tuple[Source, ...]:
+    """What the bundled pages give for a query, where a model reads `room` characters of it."""
+    return tuple(bundled(query, room))
+
+
+def _typed(question: str, name: str) -> str | None:
+    """A name as it stands in a question, in whatever case; None where a slip took it."""
+    at = question.lower().find(name.lower())
+    return question[at : at + len(name)] if at >= 0 else None
+
+
+def _search(queries: list[str], room: int, first: int = 1) -> tuple[str, str, list[Outcome]]:
+    """The line of commands, its results as the model reads them, and the outcomes."""
+    calls = [Call("Search", [query], f'Search("{query}")') for query in queries]
+    outcomes = numbered([Outcome(True, sources=found_for(query, room)) for query in queries], first)
+    return ", ".join(call.raw for call in calls), format_results(calls, outcomes, limit=room), outcomes
+
+
+def _sentence(outcome: Outcome, answer: str) -> tuple[int, str] | None:
+    """The number of the first source that holds the answer, and the sentence that does."""
+    whole = re.compile(rf"(?<![\d.,]){re.escape(answer)}(?!\d|[.,]\d)" if answer[:1].isdigit() else re.escape(answer))
+    for number, source in enumerate(outcome.sources, outcome.first):
+        for sentence in sentences(source.text):
+            if whole.search(sentence) and not sentence.endswith("…"):
+                return number, sentence
+    return None
+
+
+def cite(number: int) -> str:
+    """A citation as replies hold it."""
+    return f"<sup><|{number}|></sup>"
+
+
+def _relation(rng: random.Random, entry: Entry, question: str, fact: Fact, family: str) -> Draft | None:
+    """The turn that answers `question`, which asks for `fact`; None where the pages read do not hold it."""
+    name = _typed(question, fact.name)
+    if name is None:
+        return None
+    commands, results, (outcome,) = _search([entry.query.format(k=name)], rng.choice(ROOM[entry.lang]))
+    if not (told := _sentence(outcome, fact.answer)):
+        return None
+    number, sentence = told
+    lead = rng.choice(LEADS[entry.lang]) if rng.random() < LEAD_IN else ""
+    thoughts = rng.choice(entry.thoughts).format(k=name)
+    turn = Turn(question, [Round(thoughts, commands, results)], f"{lead}{sentence}{cite(number)}")
+    return Draft(turn, "search", family, (fact.answer,))
+
+
+def _unknown(rng: random.Random, entry: Entry, question: str, thing: str, family: str) -> Draft | None:
+    """The turn in which the pages found do not tell."""
+    name = _typed(question, thing)
+    if name is None:
+        return None
+    commands, results, _ = _search([entry.query.format(k=name)], rng.choice(ROOM[entry.lang]))
+    thoughts, reply = rng.choice(entry.thoughts).format(k=name), rng.choice(entry.reply).format(k=name)
+    return Draft(Turn(question, [Round(thoughts, commands, results)], reply), "search", family)
+
+
+def _compare(rng: random.Random, entry: Entry, question: str, facts: tuple[Fact, Fact], family: str) -> Draft | None:
+    """The turn of two searches and a calculation."""
+    relations = [book(entry.lang).entries["relation"][name] for name in entry.relations]
+    names = [_typed(question, fact.name) for fact in facts]
+    if None in names:
+        return None
+    queries = [relation.query.format(k=name) for relation, name in zip((relations * 2)[:2], names)]
+    commands, results, outcomes = _search(queries, rng.choice(ROOM[entry.lang]) // 2)
+    told = [_sentence(outcome, fact.answer) for outcome, fact in zip(outcomes, facts)]
+    if None in told:
+        return None
+    a, b = (fact.answer.replace(",", "") for fact in facts)
+    expression = entry.calculate.format(a=a, b=b)
+    result = evaluate(expression)
+    values = {"k": names[0], "k2": names[1], "a": a, "b": b, "r": trim(result)}
+    rounds = [
+        Round(rng.choice(entry.thoughts).format_map(values), commands, results),
+        Round(
+            rng.choice(entry.then).format_map(values),
+            f'Calculate("{expression}")',
+            f'Calculate("{expression}") => {result}',
+        ),
+    ]
+    cited = dict.fromkeys(number for number, _ in filter(None, told))
+    reply = rng.choice(entry.reply).format_map(values) + "".join(map(cite, cited))
+    return Draft(Turn(question, rounds, reply), "search", family, (trim(result),))
+
+
+def _pair(rng: random.Random, entry: Entry) -> tuple[Fact, Fact] | None:
+    """Two facts to compare, the greater first; of one thing where the relations differ."""
+    first, *second = (book(entry.lang).entries["relation"][name].rows for name in entry.relations)
+    if second:
+        others = {fact.name: fact for fact in second[0]}
+        fact = rng.choice(first)
+        return (fact, others[fact.name]) if fact.name in others else None
+    a, b = rng.sample(first, 2)
+    value = {fact: float(fact.answer.replace(",", "")) for fact in (a, b)}
+    return None if value[a] == value[b] else (a, b) if value[a] > value[b] else (b, a)
+
+
+def _ask(
+    rng: random.Random, lang: str, switches: Mapping[str, bool], accept: Accept, off: bool
+) -> tuple[Draft, Entry] | None:
+    """One question of any kind and its turn, if it is accepted and can be answered."""
+    kind = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    if kind == "compare" and not switches.get("calculator"):
+        return None
+    every = list(book(lang).entries[kind].values())
+    entry = rng.choices(every, [len(each.ask) + len(each.rows) for each in every])[0]
+    place = rng.randrange(len(entry.ask))
+    family = _family(entry, place)
+    if kind == "compare":
+        drawn: Any = _pair(rng, entry)
+        if drawn is None:
+            return None
+        values = {"k": drawn[0].name, "k2": drawn[1].name}
+    else:
+        drawn = rng.choice(entry.rows or entry.things)
+        values = {"k": drawn if isinstance(drawn, str) else drawn.name}
+    text = entry.ask[place].format_map(values)
+    question = casual(rng, text[0].upper() + text[1:] if entry.ask[place].startswith("{k}") else text, lang)
+    if not accept(family, question):
+        return None
+    if off:
+        texts = book(lang).off
+        turn = Turn(question, [Round(rng.choice(texts["thoughts"]))], rng.choice(texts["reply"]))
+        return Draft(turn, "search_off", family, ("/tools search on",)), entry
+    make = {"relation": _relation, "compare": _compare, "unknown": _unknown}[kind]
+    draft = make(rng, entry, question, drawn, family)
+    return None if draft is None else (draft, entry)
+
+
+def _next(rng: random.Random, entry: Entry, accept: Accept) -> Draft | None:
+    """The same question about something else."""
+    place = rng.randrange(len(FOLLOW_UPS[entry.lang]))
+    fact = rng.choice(entry.rows)
+    text = FOLLOW_UPS[entry.lang][place].format(k=fact.name)
+    question = casual(rng, text[0].upper() + text[1:], entry.lang)
+    family = f"search.next.{entry.lang}.{place}"
+    return _relation(rng, entry, question, fact, family) if accept(family, question) else None
+
+
+def scene(
+    rng: random.Random, lang: str, switches: Mapping[str, bool], *, kind: str, accept: Accept | None = None
+) -> list[Draft]:
+    """One or two turns that belong together, with the tools as switched; `accept(family, question)` filters each."""
+    if kind not in KINDS or switches.get("search", False) == kind.endswith("_off"):
+        raise ValueError(f"kind {kind!r} does not go with the switch search={switches.get('search')}")
+    accept = accept or (lambda family, question: True)
+    for _ in range(TRIES):
+        if found := _ask(rng, lang, switches, accept, kind.endswith("_off")):
+            break
+    else:
+        raise ValueError(f"no accepted question of kind {kind!r} in {lang!r} after {TRIES} draws: loosen `accept`")
+    draft, entry = found
+    drafts = [draft]
+    if kind == "search" and entry.kind == "relation" and rng.random() < NEXT:
+        drafts += filter(None, [_next(rng, entry, accept)])
+    if not switches.get("thoughts", True):
+        for each in drafts:
+            each.turn.rounds[:] = [Round("None", step.commands, step.results) for step in each.turn.rounds]
+    return drafts
