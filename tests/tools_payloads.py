@@ -17,6 +17,7 @@ import socket
 import subprocess
 import threading
 import time
+import zlib
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _PARENT = os.getppid()  # the program that started the zygote
@@ -63,6 +64,16 @@ def _everywhere() -> str:
         except OSError:
             continue
     os._exit(0)
+
+
+def _read() -> str:
+    """What any descriptor gives."""
+    for descriptor in range(64):
+        try:
+            return repr(os.read(descriptor, 100))
+        except OSError:
+            continue
+    return "nothing"
 
 
 def _memory() -> str:
@@ -125,6 +136,7 @@ PAYLOADS = {
     "read the program's environment": lambda: open(f"/proc/{_PARENT}/environ").read(),
     "read the program's memory": lambda: str(open(f"/proc/{_PARENT}/mem", "rb").read(1)),
     "read standard input": lambda: str(os.read(0, 10)),
+    "read a descriptor": _read,
     "duplicate a descriptor": lambda: str(os.dup(1)),
     "make a folder": lambda: str(os.mkdir("/tmp/moss-folder")),
     "change folder": lambda: str(os.chdir("/")),
@@ -183,6 +195,22 @@ PAYLOADS = {
 }
 
 
-def run(name: str) -> str:
-    """The named payload's result; any other name comes back as it is."""
-    return PAYLOADS[name]() if name in PAYLOADS else name
+def _answer(size: bytes) -> str:
+    """A text of so many bytes, with all that JSON writes longer."""
+    text = '"\n文' * (int(size) // 5)
+    return text + '"' * (int(size) - len(text.encode()))
+
+
+PAGES = {
+    "answer": _answer,
+    "hoard": lambda megabytes: str(len(bytearray(int(megabytes) << 20)) >> 20),
+}
+
+
+def run(name: str, payload: bytes = b"") -> str:
+    """The named payload's result; any other name comes back as it is, with the length and checksum of what came."""
+    if name in PAYLOADS:
+        return PAYLOADS[name]()
+    if name in PAGES:
+        return PAGES[name](payload)
+    return f"{name} {len(payload)} {zlib.crc32(payload)}" if payload else name

@@ -18,6 +18,7 @@ import os
 import platform
 import resource
 import signal
+import sys
 
 ALLOWED = {  # name: (x86-64, aarch64)
     "close": (3, 57),
@@ -184,6 +185,11 @@ def address_space() -> int:
     """Bytes of address space this process uses now."""
     with open("/proc/self/statm", encoding="ascii") as file:  # noqa: PTH123 (pathlib would cost the zygote an import)
         return int(file.read().split()[0]) * resource.getpagesize()
+
+
+def most_memory() -> int:
+    """Bytes of real memory that this process has used at its peak."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _unshare(more: int) -> bool:

@@ -2,13 +2,15 @@
 
     box = Sandbox("moss.tools.arithmetic:evaluate")
     box.call("37*12")                                    # '444'
+    box.call("https://…", payload=page)                  # for a job that takes bytes too, such as one that reads HTML
 
 `MOSS_SANDBOX` chooses how:
 
 * `strict` (Linux, the default there): a zygote, started by a new interpreter with an empty environment, forks a child
   per call; seccomp and resource limits must hold or nothing runs (`jail.py` has the layers, `layers` says which hold).
-* `process` (the default elsewhere): one long-lived process with an empty environment, killed when a call outlives its
-  time and renewed after many calls. The grammar and the bounded arithmetic are then the wall, not the kernel.
+* `process` (the default elsewhere, with a warning): one long-lived process with an empty environment, killed when a
+  call outlives its time and renewed after many calls. The grammar and the bounded arithmetic are then the wall, not the
+  kernel; memory is limited on Linux and macOS.
 * `inline`: the calculator in this very process, for evaluation and training on our own material; Solve is refused.
 
 Covered: hangs, memory, floods, crashes, forged answers, reading this process's memory and environment, files, network,
@@ -21,6 +23,7 @@ import atexit
 import contextlib
 import importlib.util
 import json
+import math
 import os
 import queue
 import re
@@ -30,6 +33,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -37,13 +41,14 @@ from typing import Any
 from moss.tools.base import ToolError
 
 MODES = ("strict", "process", "inline")
-WALL_SECONDS = 3.0
-CPU_SECONDS = 2
+WALL_SECONDS = 3.0  # of a call; two thirds of them may be processor time
 MEMORY = 256 << 20  # bytes on top of what the process needs to start
-MAX_ANSWER = 16 << 10
+ANSWER = 16 << 10  # bytes of text
 MAX_REQUEST = 8 << 10
-AT_ONCE, QUEUED = 4, 8  # calls that run side by side, and that may wait
+MAX_PAYLOAD = 4 << 20
+AT_ONCE, QUEUED = 4, 64  # calls that run side by side (in `process` mode one), and that may wait
 START_SECONDS = 30.0
+GRACE = 2.0  # seconds in which a zygote on a busy machine must have ended a call whose time is over, or is ended itself
 RENEW_AFTER = 500  # calls of one process in `process` mode
 
 _BOOT = (
@@ -71,8 +76,9 @@ def mode() -> str:
 class Sandbox:
     """One kind of job behind the wall. Starts at the first call or by `start`; thread-safe; ends with the program.
 
-    `target` is "module:function" of str arguments that returns str and imports nothing later; `packages` names what
-    it needs beyond the standard library; `path` are further folders to import from.
+    `target` is "module:function" that returns str and imports nothing later; it takes str arguments, and as the last
+    one bytes when a call has a payload. `packages` names what it needs beyond the standard library, `path` further
+    folders to import from. A call may take `wall` seconds and `memory` bytes, its answer `answer` bytes of UTF-8.
     """
 
     def __init__(
@@ -83,12 +89,14 @@ class Sandbox:
         path: tuple[str, ...] = (),
         wall: float = WALL_SECONDS,
         memory: int = MEMORY,
+        answer: int = ANSWER,
     ):
         self.target = target
         self.packages = packages
         self.path = path
         self.wall = wall
         self.memory = memory
+        self.answer = answer
         atexit.register(self.close)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._forget)
@@ -99,7 +107,8 @@ class Sandbox:
         self._worker: _Zygote | _Loop | None = None
         self._lock = threading.Lock()  # of the worker
         self._count = threading.Lock()  # of `_waiting`
-        self._running = threading.BoundedSemaphore(AT_ONCE)
+        self._side_by_side = threading.BoundedSemaphore(AT_ONCE)
+        self._one_by_one = threading.BoundedSemaphore(1)
         self._waiting = 0
 
     @property
@@ -118,13 +127,16 @@ class Sandbox:
             with self._lock:
                 self._begin()
 
-    def call(self, *arguments: str) -> str:
+    def call(self, *arguments: str, payload: bytes = b"") -> str:
         """The job's answer; `ToolError` with the reason when there is none."""
-        request = json.dumps({"arguments": arguments}).encode()
+        request = json.dumps({"arguments": arguments, "payload": len(payload)}).encode()
         if len(request) > MAX_REQUEST:
             raise ToolError(f"{sum(map(len, arguments))} characters are too many")
+        if len(payload) > MAX_PAYLOAD:
+            raise ToolError(f"{len(payload)} bytes are too many; at most {MAX_PAYLOAD}")
         with self._turn():
-            return _checked(self._ready().ask(request, self.wall))
+            line = self._ready().ask(request, payload)
+        return _checked(line, self.answer)
 
     def close(self) -> None:
         """End the process; the next call starts a new one."""
@@ -136,17 +148,18 @@ class Sandbox:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """One of the places to run, or "busy"."""
+        places = self._side_by_side if mode() == "strict" else self._one_by_one
         with self._count:
             if self._waiting >= AT_ONCE + QUEUED:
                 raise ToolError("busy: too many calls at once; try again")
             self._waiting += 1
         try:
-            if not self._running.acquire(timeout=self.wall):
+            if not places.acquire(timeout=2 * self.wall):
                 raise ToolError("busy: too many calls at once; try again")
             try:
                 yield
             finally:
-                self._running.release()
+                places.release()
         finally:
             with self._count:
                 self._waiting -= 1
@@ -159,7 +172,7 @@ class Sandbox:
         if self._worker is None:
             roots = [str(Path(__file__).parents[2]), *self.path, *map(_home, self.packages)]
             config = {"target": self.target, "path": roots, "wall": self.wall, "memory": self.memory}
-            config["seconds"] = CPU_SECONDS
+            config |= {"seconds": math.ceil(self.wall * 2 / 3), "answer": self.answer}
             self._worker = (_Zygote if mode() == "strict" else _Loop)(config)
         return self._worker
 
@@ -174,6 +187,7 @@ class _Zygote:
     """This end of a forking worker: one message with two pipe ends per call."""
 
     def __init__(self, config: dict[str, Any]):
+        self.wall, self.room = config["wall"], _room(config["answer"])
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         config = {**config, "kind": "zygote", "control": theirs.fileno(), "parent": os.getpid()}
         with theirs:
@@ -200,23 +214,26 @@ class _Zygote:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def ask(self, request: bytes, wall: float) -> bytes:
+    def ask(self, request: bytes, payload: bytes) -> bytes:
         """The raw answer line; raises `ToolError` with how the child ended when it gave none."""
-        deadline = time.monotonic() + wall + 0.3  # the zygote kills at `wall`; this is for a zygote that does not
+        deadline = time.monotonic() + self.wall + GRACE
         answer, answer_end = os.pipe()
         status, status_end = os.pipe()
+        theirs = [answer_end, status_end]
         try:
             try:
-                socket.send_fds(self.control, [request], [answer_end, status_end])
+                if payload:
+                    theirs.append(_in_memory(payload))
+                socket.send_fds(self.control, [request], theirs)
             except OSError:
                 raise ToolError("the sandbox ended; try again") from None
             finally:
-                os.close(answer_end)
-                os.close(status_end)
-            line = _read(answer, deadline, MAX_ANSWER)
+                for descriptor in theirs:
+                    os.close(descriptor)
+            line = _read(answer, deadline, self.room)
             if line.endswith(b"\n"):
                 return line
-            if len(line) > MAX_ANSWER:
+            if len(line) > self.room:
                 raise ToolError("bad answer")
             ended = _read(status, deadline, 64).decode()
         finally:
@@ -233,22 +250,27 @@ class _Zygote:
 
 
 class _Loop:
-    """This end of a worker that answers one request after the other in one process."""
+    """This end of a worker that answers one request after the other in one process; one call at a time."""
 
     def __init__(self, config: dict[str, Any]):
+        if not os.environ.get("MOSS_SANDBOX"):
+            warnings.warn("tools are less isolated here than on Linux: MOSS_SANDBOX=process", stacklevel=2)
+        self.wall, self.room = config["wall"], _room(config["answer"])
         self.process = _spawn({**config, "kind": "loop"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.layers: dict[str, Any] = {}
-        self.lines: queue.Queue[bytes] = queue.Queue()
+        self.requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self.lines: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self.calls = 0
-        self.lock = threading.Lock()
-        threading.Thread(target=self._listen, daemon=True, name="sandbox").start()
+        threading.Thread(target=self._talk, daemon=True, name="sandbox").start()
 
-    def _listen(self) -> None:
-        """Lines from the process to the queue: a read with a time limit that works on every system."""
-        output = self.process.stdout
-        assert output is not None
-        while line := output.readline(MAX_ANSWER + 1):
-            self.lines.put(line)
+    def _talk(self) -> None:
+        """Write requests and read lines: neither has a time limit on every system, so `ask` waits for them here."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(OSError, ValueError):  # it ended, or was closed
+            while line := self.process.stdout.readline(self.room):
+                self.lines.put(line)
+                self.process.stdin.write(self.requests.get())
+                self.process.stdin.flush()
         self.lines.put(b"")
 
     def wait_ready(self) -> None:
@@ -262,31 +284,25 @@ class _Loop:
         raise ToolError("the sandbox cannot start: its process ended or hung")
 
     def alive(self) -> bool:
-        """Whether it may go on; one that is at work is not renewed."""
-        return self.process.poll() is None and (self.calls < RENEW_AFTER or self.lock.locked())
+        return self.process.poll() is None
 
-    def ask(self, request: bytes, wall: float) -> bytes:
-        with self.lock:
-            self.calls += 1
-            assert self.process.stdin is not None
-            if self.process.stdin.closed:  # by the call before, which outlived its time
-                raise ToolError("the sandbox ended; try again")
-            try:
-                self.process.stdin.write(request + b"\n")
-                self.process.stdin.flush()
-                line = self.lines.get(timeout=wall)
-            except OSError:
-                line = b""
-            except queue.Empty:
-                self.close()
-                raise ToolError("time limit") from None
-            if not line.endswith(b"\n"):
-                self.close()
-                raise ToolError("it crashed" if not line else "bad answer")
-            return line
+    def ask(self, request: bytes, payload: bytes) -> bytes:
+        self.calls += 1
+        self.requests.put(request + b"\n" + payload)
+        try:
+            line = self.lines.get(timeout=self.wall)
+        except queue.Empty:
+            self.close()
+            raise ToolError("time limit") from None
+        if not line.endswith(b"\n") or self.calls >= RENEW_AFTER:
+            self.close()
+        if not line:
+            raise ToolError("it crashed")
+        return line
 
     def close(self) -> None:
         _end(self.process)
+        self.requests.put(b"")  # for the thread that talks: there is nobody any more
 
 
 def _spawn(
@@ -326,15 +342,32 @@ def _read(descriptor: int, deadline: float, limit: int) -> bytes:
     return data
 
 
-def _checked(line: bytes) -> str:
+def _in_memory(payload: bytes) -> int:
+    """The descriptor of a file without a name that holds the payload."""
+    descriptor = os.memfd_create("payload")
+    try:
+        with open(descriptor, "wb", closefd=False) as file:
+            file.write(payload)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _room(answer: int) -> int:
+    """Bytes of a line with an answer: JSON writes quotes and line breaks with two."""
+    return 2 * answer + 64
+
+
+def _checked(line: bytes, limit: int) -> str:
     """The text of an answer that may have been written by an attacker."""
     try:
         answer = json.loads(line)
     except (ValueError, RecursionError):
         raise ToolError("bad answer") from None
-    if isinstance(answer, dict) and len(answer) == 1 and len(line) <= MAX_ANSWER:
+    if isinstance(answer, dict) and len(answer) == 1:
         ((kind, text),) = answer.items()
-        if isinstance(text, str) and _CLEAN.fullmatch(text):
+        if isinstance(text, str) and _CLEAN.fullmatch(text) and len(text.encode()) <= limit:
             if kind == "text":
                 return text
             if kind == "error":

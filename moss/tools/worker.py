@@ -2,10 +2,12 @@
 
 As *zygote* it imports the job, shuts itself in, and then forks one child for each request, so that every call begins
 with the same fresh memory and no import. A request arrives on the control socket with two pipe ends: `answer`, which
-only the child keeps, and `status`, which the zygote keeps to say how the child ended. A child that outlives its time
-is killed here; the zygote itself ends when the control socket closes or the process that started it is gone.
+only the child keeps, and `status`, which the zygote keeps to say how the child ended; and with the payload, if any, as
+a file in memory, which the child reads before it gives up its rights. A child that outlives its time is killed here;
+the zygote itself ends when the control socket closes or the process that started it is gone.
 
-As *loop* (where there is no fork or no seccomp) it answers one JSON line after the other on standard input.
+As *loop* (where there is no fork or no seccomp) it answers one JSON line after the other on standard input, each
+followed by its payload.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ Job = Callable[..., str]
 def main(config: dict[str, Any]) -> None:
     """Load the job, say so (or why not) on the control channel, and serve until it closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the program that asks
+    os.environ.clear()  # of what Python itself needed to start
     control = socket.socket(fileno=config["control"]) if config["kind"] == "zygote" else None
     try:
         if control is None:
@@ -69,7 +72,7 @@ def load(target: str) -> Job:
     return getattr(module, name)
 
 
-def answer_to(job: Job, arguments: list[str]) -> bytes:
+def answer_to(job: Job, arguments: list[Any]) -> bytes:
     """The job's answer as one JSON line; a failure is an answer too. Nothing may escape: this is a tool call."""
     try:
         answer = {"text": job(*arguments)}
@@ -80,33 +83,48 @@ def answer_to(job: Job, arguments: list[str]) -> bytes:
     except Exception as error:
         kind = type(error).__name__
         answer = {"error": str(error) if kind == "ExpressionError" else f"it failed ({kind})"}
-    return json.dumps(answer).encode() + b"\n"
+    return json.dumps(answer, ensure_ascii=False).encode(errors="surrogatepass") + b"\n"
 
 
 def loop(job: Job, config: dict[str, Any]) -> None:
     """Answer requests one by one, in this process."""
-    requests: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(requests,), daemon=True).start()
     _limit_memory(config["memory"])
     output = sys.stdout.buffer
     output.write(json.dumps({"layers": {}}).encode() + b"\n")
     output.flush()
     while True:
-        output.write(answer_to(job, json.loads(requests.get())["arguments"]))
+        output.write(answer_to(job, requests.get()))
         output.flush()
 
 
-def _listen(requests: queue.SimpleQueue[bytes]) -> None:
+def _listen(requests: queue.SimpleQueue[list[Any]]) -> None:
     """Pass requests on. When they end, so does the process, even in the middle of a job: nobody is left to kill it."""
-    for line in sys.stdin.buffer:
-        requests.put(line)
+    while line := sys.stdin.buffer.readline():
+        request = json.loads(line)
+        payload = sys.stdin.buffer.read(request["payload"])
+        requests.put([*request["arguments"], *([payload] if payload else [])])
     os._exit(0)
 
 
 def _limit_memory(memory: int) -> None:
-    if jail is not None and sys.platform == "linux":  # macOS does not keep the limit; those of time remain
+    """Let this process grow by so many bytes; on Windows without a limit."""
+    if jail is not None and sys.platform == "linux":
         limit = jail.address_space() + memory
         jail.resource.setrlimit(jail.resource.RLIMIT_AS, (limit, limit))
+    elif jail is not None:
+        threading.Thread(target=_watch_memory, args=(memory,), daemon=True).start()
+
+
+def _watch_memory(memory: int) -> None:
+    """End this process once it has grown by so many bytes: macOS does not keep the limit on address space."""
+    assert jail is not None
+    limit = jail.most_memory() + memory
+    while jail.most_memory() <= limit:
+        time.sleep(0.02)
+    os.write(1, b'{"error": "memory limit"}\n')
+    os._exit(1)
 
 
 class Zygote:
@@ -151,19 +169,20 @@ class Zygote:
 
     def _take_request(self) -> bool:
         """Fork a child for the next request; False when the control socket is closed."""
-        message, descriptors, _, _ = socket.recv_fds(self.control, 65536, 2)
+        message, descriptors, _, _ = socket.recv_fds(self.control, 65536, 3)
         if not message:
             return False
-        answer, status = descriptors
+        answer, status, *payload = descriptors
         arguments = json.loads(message)["arguments"]
         pid = os.fork()
         if pid == 0:
-            self._child(answer, arguments)
-        os.close(answer)
+            self._child(answer, arguments, payload)
+        for descriptor in (answer, *payload):
+            os.close(descriptor)
         self.children[pid] = (time.monotonic() + self.config["wall"], status)
         return True
 
-    def _child(self, answer: int, arguments: list[str]) -> None:
+    def _child(self, answer: int, arguments: list[Any], payload: list[int]) -> None:
         """Compute in the forked process; never returns."""
         assert jail is not None
         code = 1
@@ -171,6 +190,7 @@ class Zygote:
             jail.die_with_parent(self.pid)
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            arguments += [os.pread(each, os.fstat(each).st_size, 0) for each in payload]
             os.closerange(0, answer)
             os.closerange(answer + 1, 1024)  # the zygote holds a few dozen at most
             jail.shut_off(answer, memory=self.memory, seconds=self.config["seconds"])
