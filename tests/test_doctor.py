@@ -10,6 +10,7 @@ import torch
 
 from moss.evals import doctor
 from moss.evals.doctor import Doctor, Finding
+from moss.tools.base import ToolError
 
 
 def found(capsys: pytest.CaptureFixture) -> dict[str, Finding]:
@@ -63,3 +64,26 @@ def test_without_the_model_nothing_runs(monkeypatch: pytest.MonkeyPatch, capsys:
     told = json.loads(capsys.readouterr().out)
     assert [each["name"] for each in told] == ["fails", "bundled model", "terminal"]
     assert "no such thing" in told[0]["found"] and "is damaged" in told[1]["found"] and told[1]["mend"]
+
+
+def test_walls_around_tools_are_told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Prevents a traceback where the kernel refuses the walls, and fewer walls than on Linux without a word."""
+    monkeypatch.setattr(doctor, "CHECKS", (doctor.tools,))
+    monkeypatch.setattr(doctor.calculator, "BOX", Walls({"mode": "process"}))
+    assert "mode process; without the kernel's walls" in found(capsys)["tools"].found
+    monkeypatch.setattr(doctor.calculator, "BOX", Walls(ToolError("the sandbox cannot start: no seccomp")))
+    told = found(capsys)["tools"]
+    assert not told.fine and "no seccomp" in told.found and "MOSS_SANDBOX=process" in told.mend
+
+
+class Walls:
+    """A sandbox with these layers, or this reason why there is none."""
+
+    def __init__(self, told: dict[str, str] | ToolError) -> None:
+        self.told = told
+
+    @property
+    def layers(self) -> dict[str, str]:
+        if isinstance(self.told, ToolError):
+            raise self.told
+        return self.told

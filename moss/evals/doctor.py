@@ -28,7 +28,7 @@ from moss.engine.kernels import library
 from moss.evals.base import WIDTH
 from moss.resolve import BYTES, FILL, free_memory, load
 from moss.tools import calculator
-from moss.tools.base import standard_tools
+from moss.tools.base import ToolError, standard_tools
 
 SIZES = (0.6, 1.7, 4, 8, 14, 16, 32, 70)  # billions of parameters, as models come
 EXTRAS = {
@@ -158,13 +158,15 @@ def tools() -> Iterator[Finding]:
     """The tools, and the walls around them."""
     try:
         layers = calculator.BOX.layers
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ToolError, OSError, ValueError, RuntimeError) as error:
         yield Finding("tools", False, f"they cannot be shut in: {error}", "MOSS_SANDBOX=process runs them with less")
         return
     held = ", ".join(
         f"{name} {value}" if not isinstance(value, bool) else name for name, value in layers.items() if value
     )
     missing = [name for name, value in layers.items() if not value]
+    if layers["mode"] != "strict":
+        missing.append("the kernel's walls")
     told = f"{', '.join(standard_tools())}; {held}" + (f"; without {', '.join(missing)}" if missing else "")
     yield Finding("tools", True, told)
 
