@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from moss.chat import META_INSTRUCTION, SWITCHES, Dialog
 from moss.config import option
-from moss.data import pairs, preferences, talk, tool_turns
+from moss.data import pairs, preferences, search_turns, talk, tool_turns
 from moss.data.dialogs import to_moss
 from moss.data.family import Draft, Item, held_out, reserved
 from moss.data.text import documents
@@ -31,13 +31,14 @@ from moss.files import replacing
 
 LANGS = ("en", "zh")
 KEYS = ("thoughts", *SWITCHES)
-SHARES = {"calculator": 0.40, "solver": 0.22, "talk": 0.30, "numbers": 0.08}  # of the scenes
+SHARES = {"calculator": 0.35, "solver": 0.19, "search": 0.13, "talk": 0.26, "numbers": 0.07}  # of the scenes
 SCENES = {1: 0.1, 2: 0.1, 4: 0.2, 6: 0.3, 8: 0.3}  # joined in a conversation; long ones save on what prompts open with
 MAX_TURNS = 8
 CHANGE_LANGUAGE = 0.08  # of the scenes after the first
 BOTH_ON = 0.55  # of the conversations have calculator and solver on
+SEARCH_ON = 0.65
 PATIENCE = 500  # draws without a new question before `questions` gives up
-TOOL_KINDS = ("calculator", "solver", "calculator_off", "solver_off")
+TOOL_KINDS = ("calculator", "solver", "search", "calculator_off", "solver_off", "search_off")
 KINDS = (*TOOL_KINDS, *talk.KINDS)
 Split = Literal["known", "held_out"]
 Accept = Callable[[str, str], bool]
@@ -52,6 +53,7 @@ def switches(rng: random.Random, **fixed: bool) -> dict[str, bool]:
     """Random switches; calculator and solver are on together more often than not."""
     on = {key: rng.random() < 0.4 for key in KEYS}
     on["thoughts"] = rng.random() < 0.97
+    on["search"] = rng.random() < SEARCH_ON
     if rng.random() < BOTH_ON:
         on["calculator"] = on["solver"] = True
     else:
@@ -61,6 +63,8 @@ def switches(rng: random.Random, **fixed: bool) -> dict[str, bool]:
 
 def _scene(rng: random.Random, lang: str, on: dict[str, bool], kind: str | None, accept: Accept) -> list[Draft]:
     """A scene of a kind, or of one drawn by `SHARES`; a tool that is switched off is asked for in vain."""
+    if kind in search_turns.KINDS:
+        return search_turns.scene(rng, lang, on, kind=kind, accept=accept)
     if kind in TOOL_KINDS:
         return tool_turns.scene(rng, lang, on, kind=kind, accept=accept)
     if kind is not None:
@@ -71,7 +75,8 @@ def _scene(rng: random.Random, lang: str, on: dict[str, bool], kind: str | None,
         return talk.scene(rng, lang, on, accept=accept)
     if group == "numbers":
         return tool_turns.scene(rng, lang, on, kind="chat", accept=accept)
-    return tool_turns.scene(rng, lang, on, kind=group if on[group] else f"{group}_off", accept=accept)
+    kind = group if on[group] else f"{group}_off"
+    return (search_turns if group == "search" else tool_turns).scene(rng, lang, on, kind=kind, accept=accept)
 
 
 def conversation(rng: random.Random, *, scenes: int | None = None, accept: Accept = trained) -> Item:

@@ -108,15 +108,19 @@ def book(lang: str) -> Book:
 
 
 def _entry(kind: str, lang: str, table: Mapping[str, Any]) -> Entry:
-    side = {name: tuple(value) if isinstance(value, list) else value for name, value in table[lang].items()}
+    side = dict(table[lang])
     at = 0 if lang == "en" else 2
-    rows = tuple(Fact(row[at], row[at + 1]) for row in table.get("rows", ()))
-    relations = tuple(table[name] for name in ("relation", "relation2") if name in table)
-    things = tuple(table.get("things", {}).get(lang, ()))
     return Entry(
-        table["name"], kind, lang, rows=rows, things=things, relations=relations,
-        calculate=table.get("calculate", ""), **side,
-    )  # fmt: skip
+        table["name"],
+        kind,
+        lang,
+        query=side.pop("query", ""),
+        rows=tuple(Fact(row[at], row[at + 1]) for row in table.get("rows", ())),
+        things=tuple(table.get("things", {}).get(lang, ())),
+        relations=tuple(table[name] for name in ("relation", "relation2") if name in table),
+        calculate=table.get("calculate", ""),
+        **{name: tuple(texts) for name, texts in side.items()},
+    )
 
 
 def families(lang: str) -> list[str]:

@@ -26,14 +26,15 @@ from moss.tools.calls import parse_commands
 
 LANGS = ("en", "zh")
 SCRIPTED = (
-    "calculator", "solver", "calculator:held_out", "solver:held_out", "calculator_off", "solver_off",
+    "calculator", "solver", "search", "calculator:held_out", "solver:held_out", "search:held_out",
+    "calculator_off", "solver_off", "search_off",
     "chat", "chat:held_out", "harmful", "harmful:held_out", "lookalike", "lookalike:held_out", "identity",
     "identity:held_out",
 )  # fmt: skip
 HAND = "hand"
 HAND_WRITTEN = Path(__file__).parent / "hand_written.jsonl"
 DECIMALS = 4  # of a result that a reply repeats and does not round
-TOOL_OF = {"calculator": "Calculate", "solver": "Solve"}
+TOOL_OF = {"calculator": "Calculate", "solver": "Solve", "search": "Search"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def scripted(name: str, lang: str, n: int, seed: int) -> list[Case]:
 def _of_item(name: str, kind: str, lang: str, item: Item) -> Case:
     last, dialog = item.drafts[-1], item.dialog
     if kind not in TOOL_KINDS:  # the tools must be at hand to be left alone
-        dialog = replace(dialog, switches=dialog.switches | {"calculator": True, "solver": True})
+        dialog = replace(dialog, switches=dialog.switches | dict.fromkeys(TOOL_OF, True))
     commands = tuple(r.commands for r in last.turn.rounds or [Round()])
     names = tuple(sorted({call.name for text in commands for call in parse_commands(text)}))
     return Case(name, lang, dialog, commands, names, last.answer or None, family=last.family)
@@ -89,7 +90,7 @@ def ways(case: Case) -> Iterator[Case]:
 
 def from_file(path: Path, name: str = "") -> list[Case]:
     """Cases of a file of JSON lines, named after it or by `name`, a row of which is a question, {"question", "lang",
-    "kind": calculator | solver | none, "answer": [...]}, or a conversation, of which every turn is a case."""
+    "kind": calculator | solver | search | none, "answer": [...]}, or a conversation, of which every turn is a case."""
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     name, left_out = name or path.stem, 0
@@ -107,14 +108,14 @@ def from_file(path: Path, name: str = "") -> list[Case]:
     if left_out:
         note(f"{path}: {left_out:,} turns that call tools of other kinds are left out")
     if not cases:
-        raise ValueError(f"{path} holds no question in which calculator or solver are on")
+        raise ValueError(f"{path} holds no question in which a tool that is here is on")
     return cases
 
 
 def _of_question(name: str, row: dict[str, Any], place: str) -> Case:
     question, lang, kind, answer = (row.get(key) for key in ("question", "lang", "kind", "answer"))
     if not isinstance(question, str) or not question.strip() or kind not in (*TOOL_OF, "none"):
-        raise ValueError(f"{place}: give question, lang and kind (calculator, solver or none)")
+        raise ValueError(f"{place}: give question, lang and kind ({', '.join(TOOL_OF)} or none)")
     if lang not in LANGS:
         raise ValueError(f"{place}: lang is {lang!r}; it must be one of {', '.join(LANGS)}")
     if answer is not None and not (isinstance(answer, list) and all(isinstance(a, str) and a for a in answer)):
@@ -150,8 +151,8 @@ def _answer(turn: Turn) -> tuple[str, ...] | None:
 
 
 def _alone(question: str) -> Dialog:
-    """A question without a history, with thoughts, calculator and solver on."""
-    switches = {key: key in ("thoughts", "calculator", "solver") for key in ("thoughts", *SWITCHES)}
+    """A question without a history, with thoughts and the tools on."""
+    switches = {key: key in ("thoughts", *TOOL_OF) for key in ("thoughts", *SWITCHES)}
     return Dialog(META_INSTRUCTION, switches, [Turn(question)])
 
 

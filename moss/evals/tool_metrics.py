@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from moss.chat import NONE, SWITCHES, Turn
 from moss.evals.replies import holds, refuses, spaced
 from moss.evals.tool_cases import Case
-from moss.tools.base import standard_tools
 from moss.tools.calls import Call, parse_commands
+from moss.tools.search import offline_tools
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Seen:
 
 def off_names(case: Case) -> set[str]:
     """Names of the tools that the model is shown as off: switched off, or switched on but not at hand (`answer`)."""
-    at_hand = standard_tools()
+    at_hand = offline_tools()
     on = {key for key, switched in case.dialog.switches.items() if switched and key in at_hand}
     return {switch.api.split("(")[0] for key, switch in SWITCHES.items() if key not in on}
 
@@ -94,6 +94,9 @@ ALONE = {"called a tool": "<=0.02"}
 TARGETS: dict[str, dict[str, str]] = {
     "calculator": LEARNT,
     "solver": LEARNT,
+    "search": LEARNT,
+    "search:held_out": UNSEEN,
+    "search_off": NEVER | {"answer right": ""},
     "calculator:held_out": UNSEEN,
     "solver:held_out": UNSEEN,
     "calculator_off": NEVER | {"answer right": ""},

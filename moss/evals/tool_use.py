@@ -31,15 +31,15 @@ from moss.evals.base import WIDTH, Evaluation, Kept, Subject, Values, made_of, r
 from moss.evals.tool_cases import HAND, HAND_WRITTEN, LANGS, SCRIPTED, TOOL_OF, Case
 from moss.evals.tool_metrics import ALL, Seen, judge, meets, targets
 from moss.log import bar, note
-from moss.tools.base import standard_tools
 from moss.tools.run import Options
+from moss.tools.search import offline_tools
 
 PARTS = ("thoughts", "commands", "results")  # of a round
 
 
 @dataclass(frozen=True)
 class EvalTools(Evaluation):
-    """Measure how a model uses calculator and equation solver: right tool, arguments, answer, and restraint."""
+    """Measure how a model uses calculator, equation solver and search: right tool, arguments, answer, and restraint."""
 
     data: list[Path] = field(default_factory=list)  # JSON lines of one's own: questions, or conversations with tools
     n: int = 100  # questions of each scripted set and language
@@ -150,7 +150,7 @@ class ToolUse:
             sampling = Sampling(temperature=0, max_tokens=self.config.max_tokens)
             options = Options(sampling, grammar=grammar)
             dialogs = [cases[at].dialog for at in mine]
-            told = answers(who, dialogs, options, standard_tools(), deterministic=self.config.deterministic)
+            told = answers(who, dialogs, options, offline_tools(), deterministic=self.config.deterministic)
             yield from zip(mine, told, strict=True)
 
     def values(self, rows: Sequence[dict[str, Any]]) -> dict[str, Values]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from typing import Any
 
 from moss.tools.fetch import Page
 from moss.tools.sandbox import Sandbox
@@ -36,15 +37,21 @@ def read(charset: str, content: bytes) -> str:
     """Title and text as JSON; runs in the sandbox."""
     import trafilatura
 
-    given: str | bytes = content
-    if charset:
-        try:
-            given = content.decode(charset, "replace")
-        except LookupError:
-            given = content
-    page = trafilatura.bare_extraction(given, with_metadata=True, include_comments=False, include_tables=True)
+    page: Any = trafilatura.bare_extraction(_decoded(content, charset), with_metadata=True, include_comments=False)
     title, text = (page.title or "", page.text or "") if page is not None else ("", "")
     return json.dumps([title[:300], text[:MAX_TEXT]])
+
+
+def _decoded(content: bytes, charset: str) -> str | bytes:
+    """The page as text where its charset is known or plain to see; else its bytes, which trafilatura guesses at."""
+    for name in (charset, "utf-8", "gb18030"):
+        try:
+            text = content.decode(name) if name else ""
+        except (LookupError, UnicodeDecodeError):
+            continue
+        if (name in (charset, "utf-8") and text) or sum("\u4e00" <= each <= "\u9fff" for each in text[:20_000]) > 10:
+            return text
+    return content
 
 
 def text_of(page: Page) -> tuple[str, str]:

@@ -242,7 +242,7 @@ class _Turn:
     ) -> None:
         self.engine, self.tok, self.tools, self.options = engine, tok, tools, options
         self.turn = Turn(dialog.turns[-1].human, quality=options.quality)
-        switches = {key: on and (key == "thoughts" or key in tools) for key, on in dialog.switches.items()}
+        switches = {key: on and (key == "thoughts" or at_hand(key, tools)) for key, on in dialog.switches.items()}
         # As in training on tags: only the last reply has one.
         earlier = [replace(turn, quality=None) for turn in dialog.turns[:-1]]
         self.dialog = replace(dialog, switches=switches, turns=[*earlier, self.turn])
@@ -390,7 +390,7 @@ class _Turn:
                 yield ToolDone(first + index, call.name, False, error=BROKEN)
             return
         started = time.perf_counter()
-        tokens = (self._limit - self.length) // 2  # for this round; what is left is for those that may follow
+        tokens = (self._limit - self.length) // 3  # for this round; what is left is for those that may follow
         limit = self._characters(tokens) // max(1, min(len(calls), MAX_CALLS))
         outcomes = yield from work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit)
         if not calls:
@@ -407,6 +407,11 @@ class _Turn:
         """About how many characters so many tokens are, to judge by the question: Chinese takes more."""
         question = self.turn.human[:1000]
         return max(SHORTEST, tokens * len(question) // max(1, len(self.tok.encode(question))))
+
+
+def at_hand(key: str, tools: Mapping[str, Tool]) -> bool:
+    """Whether a tool is there and works here; a switch without it shows as off."""
+    return key in tools and not tools[key].lacks
 
 
 def work(

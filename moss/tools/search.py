@@ -18,13 +18,14 @@ import contextlib
 import os
 import re
 import threading
+from dataclasses import replace
 from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moss.tools.base import Source, ToolError, progress, tool
+from moss.tools.base import Source, Tool, ToolError, progress, standard_tools, tool
 from moss.tools.calls import ITEM_LIMIT, room
 
 if TYPE_CHECKING:
@@ -87,6 +88,17 @@ def search(query: str) -> list[Source]:
         if found:
             return found
     raise ToolError("; ".join(failed) or "nothing found")
+
+
+def offline_tools() -> dict[str, Tool]:
+    """The standard tools with a search of the bundled pages alone, whatever the settings are: for measurements."""
+    tools = standard_tools()
+    return tools | {"search": replace(tools["search"], function=_offline)}
+
+
+def _offline(query: str) -> list[Source]:
+    """Search for pages that answer a question, and sum them up."""
+    return bundled(query, room())
 
 
 def order() -> list[str]:
