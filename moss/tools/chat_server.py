@@ -146,7 +146,7 @@ class _ChatTurn:
     def __init__(self, dialog: Dialog, server: ChatServer, tools: Mapping[str, Tool], options: Options) -> None:
         self.server, self.tools, self.options = server, tools, options
         self.turn = Turn(dialog.turns[-1].human)
-        self.enabled = {key for key, on in dialog.switches.items() if on and key in tools}
+        self.enabled = {key for key, on in dialog.switches.items() if on and run.at_hand(key, tools)}
         self.shows_thoughts = dialog.switches.get("thoughts", True)
         self.ids = (f"call{number:05}" for number in itertools.count())  # nine letters and digits, as Mistral wants
         self.system: list[Message] = [{"role": "system", "content": dialog.meta}] if dialog.meta else []

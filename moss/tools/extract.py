@@ -18,6 +18,7 @@ from moss.tools.sandbox import Sandbox
 SECONDS = 2.0
 MEMORY = 256 << 20  # bytes on top of what the libraries take
 MAX_TEXT = 200_000  # characters
+CHARSETS = "gb18030 gbk gb2312 big5 shift_jis euc-jp euc-kr iso-8859-1 iso-8859-15 cp1251 cp1252 koi8-r utf-16".split()
 
 BOX = Sandbox("moss.tools.extract:read", packages=("trafilatura",), wall=SECONDS, memory=MEMORY, answer=1 << 20)
 
@@ -30,6 +31,8 @@ def main_text(content: bytes, charset: str = "") -> tuple[str, str]:
 
 def warm_up() -> None:
     """Import what the libraries import late: nothing can be imported once the walls stand."""
+    for charset in CHARSETS:
+        codecs.lookup(charset)
     read("", "<html><head><title>石头</title></head><body><p>Eine Seite. 一页。</p></body></html>".encode())
 
 
