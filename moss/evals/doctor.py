@@ -34,6 +34,9 @@ SIZES = (0.6, 1.7, 4, 8, 14, 16, 32, 70)  # billions of parameters, as models co
 EXTRAS = {
     "pictures of training (--report)": ("matplotlib", "train"),
     "toxicity by a classifier": ("transformers", "eval"),
+    "search": ("tantivy", "search"),
+    "reading of web pages": ("trafilatura", "search"),
+    "MCP": ("mcp", "mcp"),
 }
 
 
