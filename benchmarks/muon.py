@@ -1,4 +1,4 @@
-"""What Muon's step costs on this machine's processor: PyTorch's, in bfloat16, and ours, over the bundled model's matrices.
+"""What Muon's step costs on this processor: PyTorch's, in bfloat16, and ours, over the bundled model's matrices.
 
 Where the processor has bfloat16 the two are the same; where it has none, ours computes in float32. The rate of either
 matrix product stands beside it, since it is the reason.

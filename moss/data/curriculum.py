@@ -28,6 +28,7 @@ from moss.data.family import Draft, Item, held_out, reserved
 from moss.data.text import documents
 from moss.errors import UsageError
 from moss.files import replacing
+from moss.tools.search import bundled_pages
 
 LANGS = ("en", "zh")
 KEYS = ("thoughts", *SWITCHES)
@@ -157,10 +158,13 @@ def _question(rng: random.Random, kind: str, lang: str, split: Split) -> Item | 
 
 
 def text(seed: int) -> Iterator[str]:
-    """Plain documents for pre-training, without end: three of `text.documents`, then a conversation as prose."""
-    plain = documents(seed)
+    """Plain documents for pre-training, without end: of eight, two are conversations as prose, one is a page of the
+    encyclopaedia, and five are of `text.documents`."""
+    plain, pages = documents(seed), bundled_pages()
     for i in count():
-        if i % 4 < 3:
+        if i % 8 == 1:
+            yield random.Random(f"{seed}:page:{i}").choice(pages).text + "\n"
+        elif i % 4 < 3:
             yield next(plain)
         else:
             turns = conversation(random.Random(f"{seed}:text:{i}")).dialog.turns

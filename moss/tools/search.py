@@ -29,7 +29,7 @@ from moss.tools.base import Source, Tool, ToolError, progress, standard_tools, t
 from moss.tools.calls import ITEM_LIMIT, room
 
 if TYPE_CHECKING:
-    from moss.tools.index import Index
+    from moss.tools.index import Entry, Index
 
 ORDER = "index,encyclopedia"
 PLACES = ("index", "encyclopedia", "searxng", "serper", "brave", "tavily")
@@ -172,13 +172,19 @@ def encyclopedia() -> Index:
 
 @cache
 def _encyclopedia() -> Index:
-    from moss.tools.entries import markdown_pages
     from moss.tools.index import Index
+
+    return Index.of(bundled_pages())
+
+
+def bundled_pages() -> list[Entry]:
+    """The pages of the encyclopaedia, in the order of its files."""
+    from moss.tools.entries import markdown_pages
 
     folder = resources.files("moss.tools") / "encyclopedia"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".md")), key=lambda file: file.name)
     texts = ((file.name, file.read_text(encoding="utf-8")) for file in files)
-    return Index.of(entry for name, text in texts for entry in markdown_pages(text, f"encyclopedia/{name}", name))
+    return [entry for name, text in texts for entry in markdown_pages(text, f"encyclopedia/{name}", name)]
 
 
 def index_folder() -> Path:
