@@ -84,6 +84,7 @@ def search(query: str) -> list[Source]:
             found = _look(place, query)
         except ToolError as error:
             failed.append(f"{place}: {error}")
+            progress(failed[-1])
             continue
         if found:
             return found
