@@ -14,6 +14,7 @@ page is known by its content. One process writes at a time; any number may read.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -141,6 +142,8 @@ class Index:
             for name, weight in FIELDS.items()
             for term in asked
         ]
+        for name in set(re.findall("[\u3400-\u9fff]", question[:MAX_TERMS])):  # a title of one character is in no pair
+            wanted.append((tantivy.Occur.Should, tantivy.Query.term_query(self._index.schema, "title", name)))
         best: dict[str, Found] = {}
         for score, address in self._searcher.search(tantivy.Query.boolean_query(wanted), limit * CANDIDATES).hits:
             page = self._readable(self._searcher.doc(address), is_chinese(question))

@@ -6,16 +6,17 @@ A sentence is important where it shares words with important ones: the words tha
 logarithms of their lengths, are the edges of a graph (Mihalcea and Tarau, 2004, equation in section 4), and the rank is
 the stationary distribution of a random walk on it. The walk starts anew not anywhere, but at sentences that hold words
 of the question (the bias of topic-sensitive PageRank, Haveliwala 2002), the rarer the word the more. The best
-sentences that fit are returned in the order of the text.
+sentences that fit are returned in the order of the text: by rank, words of the question, and whether a sentence
+holds the kind of thing that is asked for (`asked.py`).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import numpy as np
 
+from moss.tools.asked import of_its_kind
 from moss.tools.words import sentences, terms
 
 DAMPING = 0.85
@@ -23,32 +24,6 @@ ROUNDS = 30  # of the walk; the rank of the third decimal stands long before
 LEAST = 6  # characters of a sentence that says anything
 UNASKED = 0.1  # of a restart goes anywhere, so that sentences without a word of the question have a rank too
 FROM_QUESTION = 0.6  # of the final order: the sentence's own words of the question; the rest is the walk
-OF_ITS_KIND = 0.4  # more, where it holds what the question asks for: a year, a number, a name
-
-# what a question asks for, and how a sentence looks that holds it
-_KINDS = (
-    (
-        re.compile(r"\b(when|(what|which) (year|date)|century)\b|[哪几]年|何时|什么时候|年份|世纪", re.IGNORECASE),
-        re.compile(r"(?<!\d)\d{3,4}(?!\d)|\bcentury\b|世纪", re.IGNORECASE),
-    ),
-    (
-        re.compile(
-            r"\bhow (many|much|long|tall|high|deep|far|old|fast|big|large|wide|heavy|hot|cold)\b"
-            r"|\b(height|length|speed|area|number|weight|temperature|percentage|distance)\b"
-            r"|多[少高长大深远快重宽久]|几",
-            re.IGNORECASE,
-        ),
-        re.compile(r"\d"),
-    ),
-    (
-        re.compile(
-            r"\bwho(se|m)?\b|\bwhich (\w+ )?(man|woman|person|king|queen|emperor|scientist|doctor|physician|poet|writer"
-            r"|architect|explorer|inventor|engineer)\b|谁|哪位|何人",
-            re.IGNORECASE,
-        ),
-        re.compile(r"(?<!^)\b[A-Z][a-z]+ (?:[a-z]+ )?[A-Z][a-z]+|·"),
-    ),
-)
 
 
 def summarize(text: str, *, limit: int, query: str = "") -> str:
@@ -88,14 +63,8 @@ def rank(every: Sequence[str], query: str = "") -> np.ndarray:
     walk = restart
     for _ in range(ROUNDS):
         walk = (1 - DAMPING) * restart + DAMPING * walk @ step
-    own = FROM_QUESTION * asked / max(asked.max(), 1e-6) + OF_ITS_KIND * _of_its_kind(every, query)
+    own = FROM_QUESTION * asked / max(asked.max(), 1e-6) + [of_its_kind(query, sentence) for sentence in every]
     return (1 - FROM_QUESTION) * walk / walk.max() + own
-
-
-def _of_its_kind(every: Sequence[str], query: str) -> np.ndarray:
-    """1 for sentences that hold the kind of thing the question asks for."""
-    wanted = [looks for asks, looks in _KINDS if asks.search(query)]
-    return np.array([any(looks.search(sentence) for looks in wanted) for sentence in every], dtype=float)
 
 
 def _asked(holds: np.ndarray, vocabulary: dict[str, int], query: str) -> np.ndarray:
