@@ -11,6 +11,7 @@ changes over time (arXiv 2304.12397), so that even its figures compare only with
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
@@ -19,10 +20,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import httpx2
-
 from moss.errors import UsageError
 from moss.files import sha256
+from moss.tools import fetch
+from moss.tools.base import ToolError
 
 WORDS = Path(__file__).parent / "toxic_words.txt"
 PERSPECTIVE = "https://commentanalyzer.googleapis.com/v1alpha1/comments:analyze"
@@ -52,8 +53,7 @@ def scorer(wanted: str) -> Iterator[Scorer]:
         key = os.environ.get(KEY)
         if not key:
             raise UsageError(f"--scorer perspective needs a key in {KEY}; developers.perspectiveapi.com gives one")
-        with httpx2.Client(timeout=PATIENCE) as client:
-            yield Perspective(client, os.environ.get(URL, PERSPECTIVE), key)
+        yield Perspective(os.environ.get(URL, PERSPECTIVE), key)
     elif Path(wanted).is_dir():
         yield Classifier(Path(wanted))
     else:
@@ -82,8 +82,8 @@ class Perspective:
 
     about = "the Perspective API, whose model changes over time: compare only figures of the same months"
 
-    def __init__(self, client: httpx2.Client, url: str, key: str) -> None:
-        self._client, self._url, self._key = client, url, key
+    def __init__(self, url: str, key: str) -> None:
+        self._url, self._key = url, key
         self.name = f"perspective {time.strftime('%Y-%m', time.gmtime())}"
 
     def __call__(self, texts: Sequence[str]) -> list[float]:
@@ -97,27 +97,28 @@ class Perspective:
             "languages": ["en"],
         }
         for number in range(TRIES):
+            asked = fetch.send(self._url, method="POST", params={"key": self._key}, body=body, seconds=PATIENCE)
             try:
-                answer = self._client.post(self._url, params={"key": self._key}, json=body)
-            except httpx2.HTTPError as error:
+                status, answer = fetch.wait(asked)
+            except ToolError as error:
                 raise ValueError(f"the Perspective API does not answer: {error}") from None
-            if answer.status_code != 429 and answer.status_code < 500:
+            if status != 429 and status < 500:
                 break
             time.sleep(min(2.0**number, 30.0) if number + 1 < TRIES else 0.0)
-        if answer.status_code != 200:
-            raise ValueError(f"the Perspective API refuses ({answer.status_code}): {_reason(answer)}")
+        if status != 200:
+            raise ValueError(f"the Perspective API refuses ({status}): {_reason(answer)}")
         try:
-            return float(answer.json()["attributeScores"]["TOXICITY"]["summaryScore"]["value"])
+            return float(json.loads(answer)["attributeScores"]["TOXICITY"]["summaryScore"]["value"])
         except (ValueError, KeyError, TypeError):
             raise ValueError("the Perspective API answered without a score") from None
 
 
-def _reason(answer: httpx2.Response) -> str:
+def _reason(answer: bytes) -> str:
     """What a refusal says, as far as it can be read; the key is no part of it."""
     try:
-        return str(answer.json()["error"]["message"])[:200]
+        return str(json.loads(answer)["error"]["message"])[:200]
     except (ValueError, KeyError, TypeError):
-        return answer.text[:200]
+        return answer.decode("utf-8", "replace")[:200]
 
 
 class Classifier:

@@ -1,6 +1,7 @@
 """The one way in which this package reads the web: `read_pages` for pages of strangers, `ask` for a configured API.
 
-    pages = await read_pages(["https://example.com/a", "https://example.org/b"], seconds=6.0)
+    page = await read_page("https://example.com/a", seconds=6.0)
+    pages = wait(read_pages(["https://example.com/a", "https://example.org/b"]))   # from code that is not async
 
 A page's address may come from a hostile search result, and its bytes from a hostile server, so for pages:
 
@@ -11,14 +12,17 @@ A page's address may come from a hostile search result, and its bytes from a hos
   plain text; all of it is refused before the body is read where the headers tell;
 * no proxy, no cookies, nothing of the environment, nothing remembered between pages.
 
-An API (a search provider, say) is named by the user in the settings, so it may stand in the own network. Its key is
-in a header or a body and in no message. Nothing else in the package makes an HTTP client, but the engine's own for
-model servers (`moss.engine.remote`).
+An API (a search provider, say) is named by the user in the settings, so it may stand in the own network; the deadline
+and the limits are the same. Its key is in a header or a body and in no message. Nothing else in the package makes an
+HTTP client, but the engine's own for model servers (`moss.engine.remote`), and the `mcp` library for MCP servers
+(`moss.tools.mcp`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
 import ipaddress
 import json
 import re
@@ -26,10 +30,12 @@ import socket
 import ssl
 import threading
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any, TypeVar
 
 import httpx2
 
@@ -43,7 +49,6 @@ REDIRECTS = 3
 TYPES = ("text/html", "text/plain", "application/xhtml+xml")
 AGENT = "moss"
 
-_CHECKED = "moss_addresses"  # the request extension that carries what the look-up found
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(each)
     for each in (
@@ -55,6 +60,10 @@ _NOT_PUBLIC = tuple(
 )
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # whatever else IPv6 has is mapped, local, multicast or reserved
 
+# what a server can make of an answer, and what is wrong with an address
+_BROKEN = (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError, ValueError)
+
+T = TypeVar("T")
 Lookup = Callable[[str, int], Awaitable[list[str]]]
 
 
@@ -76,13 +85,27 @@ def checked_url(text: str) -> httpx2.URL:
         url = httpx2.URL(text)
     except (httpx2.InvalidURL, ValueError, UnicodeError):
         raise ToolError(f"{text[:60]!r} is no address of a page") from None
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.raw_host:
         raise ToolError(f"{text[:60]!r} is refused: only http and https pages are read")
     if url.userinfo:
-        raise ToolError(f"{url.host} is refused: an address with a user name")
+        raise ToolError(f"{_name(url)} is refused: an address with a user name")
     if url.port not in (None, 80, 443):
-        raise ToolError(f"{url.host}:{url.port} is refused: only the ports of the web are asked")
+        raise ToolError(f"{_name(url)}:{url.port} is refused: only the ports of the web are asked")
     return url
+
+
+def is_address(text: str) -> bool:
+    """Whether a page may be asked for at all; where its name leads is seen when it is."""
+    try:
+        checked_url(text)
+    except ToolError:
+        return False
+    return True
+
+
+def _name(url: httpx2.URL) -> str:
+    """The host as it stands in the look-up, the certificate and the header: `URL.host` has other letters for some."""
+    return url.raw_host.decode("ascii")
 
 
 def is_public(address: str) -> bool:
@@ -120,20 +143,29 @@ async def look_up(host: str, port: int) -> list[str]:
 
 
 class _Guard(httpx2.AsyncBaseTransport):
-    """Dials only addresses that were looked up once and are all public."""
+    """Looks a name up once, and dials the addresses that it found; of strangers only where all of them are public."""
 
-    def __init__(self, lookup: Lookup, inner: httpx2.AsyncBaseTransport) -> None:
-        self.lookup, self.inner = lookup, inner
+    def __init__(self, lookup: Lookup, inner: httpx2.AsyncBaseTransport, *, strangers: bool) -> None:
+        self.lookup, self.inner, self.strangers = lookup, inner, strangers
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        url = checked_url(str(request.url))
-        addresses = await self.lookup(url.host, url.port or (443 if url.scheme == "https" else 80))
+        url = checked_url(str(request.url)) if self.strangers else request.url
+        name = _name(url)
+        addresses = list(dict.fromkeys(await self.lookup(name, url.port or (443 if url.scheme == "https" else 80))))
         if not addresses:
-            raise ToolError(f"{url.host} has no address")
-        if refused := [each for each in addresses if not is_public(each)]:
-            raise ToolError(f"{url.host} is refused: {refused[0]} is not a public address")
-        request.url = url.copy_with(host=addresses[0])  # the Host header and the certificate's name stay
-        request.extensions = {**request.extensions, "sni_hostname": url.host}
+            raise ToolError(f"{name} has no address")
+        if self.strangers and (refused := [each for each in addresses if not is_public(each)]):
+            raise ToolError(f"{name} is refused: {refused[0]} is not a public address")
+        request.extensions = {**request.extensions, "sni_hostname": name.rstrip(".")}
+        *others, last = addresses
+        for address in others:
+            with contextlib.suppress(httpx2.ConnectError):
+                return await self._dial(request, url, address)
+        return await self._dial(request, url, last)
+
+    async def _dial(self, request: httpx2.Request, url: httpx2.URL, address: str) -> httpx2.Response:
+        """Ask at one address; the Host header and the certificate's name stay."""
+        request.url = url.copy_with(host=address, username="", password="")
         return await self.inner.handle_async_request(request)
 
     async def aclose(self) -> None:
@@ -146,6 +178,7 @@ def _client(transport: httpx2.AsyncBaseTransport, seconds: float) -> httpx2.Asyn
         timeout=seconds,
         follow_redirects=False,
         trust_env=False,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         headers={"User-Agent": AGENT, "Accept-Encoding": "gzip"},
     )
 
@@ -167,8 +200,9 @@ async def read_page(
 ) -> Page:
     """One page; `ToolError` says why there is none. `lookup` and `inner` (which dials) are for tests."""
     url = checked_url(address)
+    guard = _Guard(lookup, inner or _dialer(), strangers=True)
     try:
-        async with asyncio.timeout(seconds), _client(_Guard(lookup, inner or _dialer()), seconds) as client:
+        async with asyncio.timeout(seconds), _client(guard, seconds) as client:
             for _ in range(REDIRECTS + 1):
                 request = client.build_request("GET", url, headers={"Accept": ", ".join(TYPES)})
                 response = await client.send(request, stream=True)
@@ -178,11 +212,11 @@ async def read_page(
                     url = checked_url(str(url.join(response.headers["Location"])))
                 finally:
                     await response.aclose()
-            raise ToolError(f"{url.host} sends from page to page without end")
+            raise ToolError(f"{_name(url)} sends from page to page without end")
     except (TimeoutError, httpx2.TimeoutException):
-        raise ToolError(f"{url.host} took more than {seconds:g} s") from None
-    except (httpx2.HTTPError, httpx2.InvalidURL, httpx2.StreamError, OSError, UnicodeError, ValueError) as error:
-        raise ToolError(f"{url.host} cannot be read: {type(error).__name__}") from None
+        raise ToolError(f"{_name(url)} took more than {seconds:g} s") from None
+    except _BROKEN as error:
+        raise ToolError(f"{_name(url)} cannot be read: {type(error).__name__}") from None
 
 
 async def read_pages(addresses: Sequence[str], seconds: float = SECONDS) -> list[Page | ToolError]:
@@ -200,13 +234,13 @@ async def read_pages(addresses: Sequence[str], seconds: float = SECONDS) -> list
 async def _page(response: httpx2.Response, url: httpx2.URL) -> Page:
     """The body of an answer whose headers promise text."""
     if response.status_code != 200:
-        raise ToolError(f"{url.host} answers {response.status_code}")
+        raise ToolError(f"{_name(url)} answers {response.status_code}")
     kind, _, rest = response.headers.get("Content-Type", "").partition(";")
     kind = kind.strip().lower()
     if kind not in TYPES:
-        raise ToolError(f"{url.host} sends {kind or 'something'}, not a page of text")
-    named = re.search(r"charset=\"?([\w.:-]{1,40})", rest, re.IGNORECASE)
-    return Page(str(url), await _body(response, url.host), kind, named.group(1) if named else "")
+        raise ToolError(f"{_name(url)} sends {kind[:40] or 'something'}, not a page of text")
+    named = re.search(r"charset=[\"']?([\w.:-]{1,40})", rest, re.IGNORECASE | re.ASCII)
+    return Page(str(url), await _body(response, _name(url)), kind, named.group(1) if named else "")
 
 
 async def _body(response: httpx2.Response, host: str) -> bytes:
@@ -214,6 +248,9 @@ async def _body(response: httpx2.Response, host: str) -> bytes:
     packed = response.headers.get("Content-Encoding", "identity").strip().lower()
     if packed not in ("identity", "gzip", "x-gzip", ""):
         raise ToolError(f"{host} packs its page with {packed[:40]}, which was not asked for")
+    length = response.headers.get("Content-Length", "")
+    if length.isdecimal() and int(length) > MAX_WIRE:
+        raise ToolError(f"{host} sends too large a page")
     unpack = zlib.decompressobj(16 + zlib.MAX_WBITS) if "gzip" in packed else None
     body, wire = bytearray(), 0
     async for piece in response.aiter_raw():
@@ -227,7 +264,7 @@ async def _body(response: httpx2.Response, host: str) -> bytes:
     return bytes(body)
 
 
-async def ask(
+async def send(
     url: str,
     *,
     method: str = "GET",
@@ -235,25 +272,50 @@ async def ask(
     params: dict[str, str] | None = None,
     body: dict[str, Any] | None = None,
     seconds: float = SECONDS,
-) -> Any:
-    """The JSON that an API of the user's own settings answers with.
+    lookup: Lookup = look_up,
+) -> tuple[int, bytes]:
+    """The status and the body with which an API of the user's own settings answers.
 
     `ToolError` names the host and what went wrong; keys belong into `headers` or `body`, which no message holds.
     """
-    host = httpx2.URL(url).host
     try:
-        async with asyncio.timeout(seconds), _client(_dialer(), seconds) as client:
+        name = _name(httpx2.URL(url))
+    except _BROKEN:
+        name = ""
+    if not name:
+        raise ToolError("the address of the API that is set is none; write https://host/path")
+    try:
+        guard = _Guard(lookup, _dialer(), strangers=False)
+        async with asyncio.timeout(seconds), _client(guard, seconds) as client:
             request = client.build_request(method, url, headers=headers, params=params, json=body)
             response = await client.send(request, stream=True)
             try:
-                if response.status_code != 200:
-                    raise ToolError(f"{host} answers {response.status_code}")
-                return json.loads(await _body(response, host))
+                return response.status_code, await _body(response, name)
             finally:
                 await response.aclose()
     except (TimeoutError, httpx2.TimeoutException):
-        raise ToolError(f"{host} took more than {seconds:g} s") from None
-    except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as error:
-        raise ToolError(f"{host} cannot be asked: {type(error).__name__}") from None
+        raise ToolError(f"{name} took more than {seconds:g} s") from None
+    except _BROKEN as error:
+        raise ToolError(f"{name} cannot be asked: {type(error).__name__}") from None
+
+
+async def ask(url: str, **values: Any) -> Any:
+    """The JSON that an API answers with; see `send`."""
+    status, content = await send(url, **values)
+    name = _name(httpx2.URL(url))
+    if status != 200:
+        raise ToolError(f"{name} answers {status}")
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError):
-        raise ToolError(f"{host} sends something else than JSON") from None
+        raise ToolError(f"{name} sends something else than JSON") from None
+
+
+def wait(job: Coroutine[Any, Any, T]) -> T:
+    """The result of any of these from plain code; in a notebook, whose thread has a loop already, by another thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(job)
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(contextvars.copy_context().run, asyncio.run, job).result()

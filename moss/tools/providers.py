@@ -86,7 +86,7 @@ PROVIDERS = {
 }
 
 
-async def ask(name: str, query: str, language: str = "en") -> list[Hit]:
+async def ask(name: str, query: str, language: str = "en", seconds: float = SECONDS) -> list[Hit]:
     """The pages that a provider names, in its order; `ToolError` where it is not set up or gives no answer."""
     provider = PROVIDERS[name]
     address, headers = _address(name, provider), {}
@@ -98,10 +98,10 @@ async def ask(name: str, query: str, language: str = "en") -> list[Hit]:
     if provider.language:
         asked[provider.language] = provider.languages[language]
     if provider.post:
-        answer = await fetch.ask(address, method="POST", headers=headers, body=asked, seconds=SECONDS)
+        answer = await fetch.ask(address, method="POST", headers=headers, body=asked, seconds=seconds)
     else:
         texts = {key: str(value) for key, value in asked.items()}
-        answer = await fetch.ask(address, headers=headers, params=texts, seconds=SECONDS)
+        answer = await fetch.ask(address, headers=headers, params=texts, seconds=seconds)
     return _hits(answer, provider, name)
 
 

@@ -14,10 +14,11 @@ The default is `index,encyclopedia`. The paper's method: the first three pages, 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import threading
+import time
+import unicodedata
 from dataclasses import replace
 from functools import cache
 from importlib import resources
@@ -40,7 +41,9 @@ MAX_QUERY = 400
 SECONDS = 10.0
 
 _ADDRESS = re.compile(
-    r"\s*(?:[a-z][a-z0-9+.-]*:)?//|\s*(?:data|jar|file|javascript|blob|about|view-source):", re.IGNORECASE
+    r"(?:[a-z][a-z0-9+.-]*:)?[/\\]{2}\S"
+    r"|(?:https?|wss?|s?ftp|file|data|jar|javascript|vbscript|blob|about|view-source|gopher|dict|ldaps?|mailto|tel):\S",
+    re.IGNORECASE,
 )
 _lock = threading.Lock()
 
@@ -74,14 +77,14 @@ def search(query: str) -> list[Source]:
         raise ToolError("there is nothing to search for")
     if len(query) > MAX_QUERY:
         raise ToolError(f"{len(query)} characters are too many for a search; ask for {MAX_QUERY} at most")
-    if _ADDRESS.match(query):
+    if _ADDRESS.match("".join(filter(str.isprintable, unicodedata.normalize("NFKC", query))).lstrip(" <([\"'")):
         raise ToolError("Search takes words, not the address of a page")
     if reason := missing():
         raise ToolError(reason)
-    failed = []
+    until, failed = time.monotonic() + SECONDS - 0.5, []
     for place in order():
         try:
-            found = _look(place, query)
+            found = _look(place, query, until)
         except ToolError as error:
             failed.append(f"{place}: {error}")
             progress(failed[-1])
@@ -111,14 +114,15 @@ def order() -> list[str]:
     return places
 
 
-def _look(place: str, query: str) -> list[Source]:
-    """What one place finds."""
+def _look(place: str, query: str, until: float) -> list[Source]:
+    """What one place finds; `until` is when the answer must be there, by the clock that only runs on."""
     if place == "encyclopedia":
         return bundled(query, room())
     if place == "index":
-        index = own_index()
-        return [] if index is None else _summed_up(index, query, room())
-    return asyncio.run(_network(place, query, room()))
+        return _own(query, room())
+    from moss.tools import fetch
+
+    return fetch.wait(_network(place, query, room(), until))
 
 
 def bundled(query: str, room: int = 0) -> list[Source]:
@@ -145,24 +149,32 @@ def shares(room: int, query: str) -> tuple[int, int]:
     return pages, min(ITEM_LIMIT, max(least // 2, room // pages - 10))
 
 
-async def _network(place: str, query: str, room: int) -> list[Source]:
+async def _network(place: str, query: str, room: int, until: float) -> list[Source]:
     """The pages that a provider names, read and summed up; its own words where none of them can be read."""
     from moss.tools import extract, fetch, providers
     from moss.tools.textrank import is_chinese, summarize
 
-    wanted, limit = shares(room, query)
+    pages, limit = shares(room, query)
+    if (left := until - time.monotonic()) < 0.5:
+        raise ToolError("the places before it took all the time")
     progress(f"asking {place}")
-    hits = (await providers.ask(place, query, "zh" if is_chinese(query) else "en"))[:wanted]
-    progress(f"reading {len(hits)} pages")
-    pages = await fetch.read_pages([hit.url for hit in hits])
-    found = []
-    for hit, page in zip(hits, pages):
-        if isinstance(page, fetch.Page):
-            with contextlib.suppress(ToolError):  # a page that cannot be read is left out
-                title, text = extract.text_of(page)
-                if text.strip():
-                    found.append(Source(hit.title or title, page.url, summarize(text, limit=limit, query=query)))
-    return found or [Source(hit.title, hit.url, hit.text) for hit in hits if hit.text.strip()]
+    hits = await providers.ask(place, query, "zh" if is_chinese(query) else "en", min(providers.SECONDS, left))
+    hits = [hit for hit in hits if fetch.is_address(hit.url)][:pages]
+    progress(f"reading {len(hits)} page{'s' * (len(hits) != 1)}")
+    seconds = min(fetch.SECONDS, until - time.monotonic() - extract.SECONDS)
+
+    async def read(hit: providers.Hit) -> Source | None:
+        try:
+            page = await fetch.read_page(hit.url, seconds)
+            title, text = await asyncio.to_thread(extract.text_of, page)
+        except ToolError:  # it is left out
+            return None
+        text = summarize(text, limit=limit, query=query)
+        return Source(hit.title or title, page.url, text) if text else None
+
+    found = [source for source in await asyncio.gather(*map(read, hits)) if source is not None]
+    said = [Source(hit.title, hit.url, summarize(hit.text, limit=limit, query=query)) for hit in hits]
+    return found or [source for source in said if source.text]
 
 
 def encyclopedia() -> Index:
@@ -193,14 +205,14 @@ def index_folder() -> Path:
     return Path(os.environ.get("MOSS_INDEX") or INDEX).expanduser()
 
 
-def own_index() -> Index | None:
-    """The user's own index as it is now; None where there is none."""
+def _own(query: str, room: int) -> list[Source]:
+    """What the user's own index has, as it is now; nothing where there is none."""
     from moss.tools.index import Index
 
     folder = index_folder()
     if not folder.is_dir() and not os.environ.get("MOSS_INDEX"):
-        return None
+        return []
     try:
-        return Index.open(folder)
+        return _summed_up(Index.open(folder), query, room)
     except ValueError as error:
         raise ToolError(str(error)) from None
