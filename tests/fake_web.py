@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import json
+import re
 import socket
 import ssl
 import sys
@@ -43,6 +45,11 @@ def moved(where: str, status: str = "302 Found") -> bytes:
     return answer(b"", f"Location: {where}", status=status)
 
 
+def told(value: Any, status: str = "200 OK") -> bytes:
+    """An answer of JSON."""
+    return answer(json.dumps(value, ensure_ascii=False).encode(), status=status, kind="application/json")
+
+
 def packed(body: bytes) -> bytes:
     return answer(gzip.compress(body), "Content-Encoding: gzip")
 
@@ -61,6 +68,7 @@ class FakeWeb:
         self.asked: list[str] = []
         self.dialled: list[tuple[str, int | None, str]] = []
         self.heads: list[str] = []
+        self.bodies: list[str] = []
         self.closing = threading.Event()
 
     def __enter__(self) -> FakeWeb:
@@ -105,14 +113,18 @@ class FakeWeb:
         with contextlib.suppress(OSError), connection:
             if self.tls is not None:
                 connection = self.tls.wrap_socket(connection, server_side=True)
-            head = b""
-            while b"\r\n\r\n" not in head:
+            data, wanted = b"", 0
+            while b"\r\n\r\n" not in data or len(data.split(b"\r\n\r\n", 1)[1]) < wanted:
                 piece = connection.recv(65536)
                 if not piece:
                     return
-                head += piece
-            self.heads.append(head.decode("latin-1"))
-            reply = self._answer(head.decode("latin-1"))
+                data += piece
+                if length := re.search(rb"(?i)\r\ncontent-length: (\d+)\r\n", data):
+                    wanted = int(length.group(1))
+            head, body = data.decode("latin-1").split("\r\n\r\n", 1)
+            self.heads.append(head + "\r\n")
+            self.bodies.append(body)
+            reply = self._answer(head)
             if callable(reply):
                 reply(connection)
             else:

@@ -9,7 +9,9 @@ nowhere else. Written from the providers' documentation, and tested against a lo
 
 from __future__ import annotations
 
+import html
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -43,6 +45,7 @@ class Provider:
     post: bool = False
     key_header: str = ""  # the header that carries the key, "" = no key
     key_prefix: str = ""
+    refused: str = "is its key right?"  # what to look at where it answers 401 or 403
     extra: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -52,6 +55,7 @@ PROVIDERS = {
         path=("results",),
         fields=("title", "url", "content"),
         language="language",
+        refused="is json among the search.formats of its settings.yml?",
         extra={"format": "json"},
     ),
     "serper": Provider(
@@ -72,6 +76,7 @@ PROVIDERS = {
         language="search_lang",
         languages={"en": "en", "zh": "zh-hans"},
         key_header="X-Subscription-Token",
+        extra={"text_decorations": "false"},
     ),
     "tavily": Provider(
         url="https://api.tavily.com/search",
@@ -98,11 +103,15 @@ async def ask(name: str, query: str, language: str = "en", seconds: float = SECO
     if provider.language:
         asked[provider.language] = provider.languages[language]
     if provider.post:
-        answer = await fetch.ask(address, method="POST", headers=headers, body=asked, seconds=seconds)
+        request = fetch.ask(address, method="POST", headers=headers, body=asked, seconds=seconds)
     else:
         texts = {key: str(value) for key, value in asked.items()}
-        answer = await fetch.ask(address, headers=headers, params=texts, seconds=seconds)
-    return _hits(answer, provider, name)
+        request = fetch.ask(address, headers=headers, params=texts, seconds=seconds)
+    try:
+        return _hits(await request, provider, name)
+    except ToolError as error:
+        refused = str(error).endswith((" 401", " 403"))
+        raise ToolError(f"{error}; {provider.refused}" if refused else str(error)) from None
 
 
 def _address(name: str, provider: Provider) -> str:
@@ -110,7 +119,7 @@ def _address(name: str, provider: Provider) -> str:
     own = f"{name.upper()}_URL"
     if provider.url:
         return os.environ.get(own, "").strip() or provider.url
-    return _setting(own, name).rstrip("/") + "/search"
+    return _setting(own, name).rstrip("/").removesuffix("/search") + "/search"
 
 
 def _setting(variable: str, name: str) -> str:
@@ -123,16 +132,24 @@ def _setting(variable: str, name: str) -> str:
 
 
 def _hits(answer: Any, provider: Provider, name: str) -> list[Hit]:
-    """What an answer holds; a page without an address is left out, anything else than a list refused."""
+    """What an answer holds; a page without an address is left out, any other form refused."""
     for step in provider.path:
-        answer = answer.get(step) if isinstance(answer, dict) else None
-    if answer is None:  # Brave leaves out `web` where nothing was found
-        return []
+        if not isinstance(answer, dict):
+            raise ToolError(f"{name} answers in a form that is not known here")
+        answer = answer.get(step)
+        if answer is None:  # Brave leaves out `web` where nothing was found
+            return []
     if not isinstance(answer, list):
         raise ToolError(f"{name} answers in a form that is not known here")
     found = []
     for page in answer:
         texts = [page.get(each) for each in provider.fields] if isinstance(page, dict) else []
         if len(texts) == 3 and isinstance(texts[1], str) and texts[1]:
-            found.append(Hit(*(each if isinstance(each, str) else "" for each in texts)))
+            title, url, text = (each if isinstance(each, str) else "" for each in texts)
+            found.append(Hit(_plain(title), url, _plain(text)))
     return found
+
+
+def _plain(text: str) -> str:
+    """A text without what some providers mark the words of the question with."""
+    return html.unescape(re.sub(r"</?(?:strong|em|b)>", "", text))
