@@ -6,13 +6,14 @@ A sentence is important where it shares words with important ones: the words tha
 logarithms of their lengths, are the edges of a graph (Mihalcea and Tarau, 2004, equation in section 4), and the rank is
 the stationary distribution of a random walk on it. The walk starts anew not anywhere, but at sentences that hold words
 of the question (the bias of topic-sensitive PageRank, Haveliwala 2002), the rarer the word the more. The best
-sentences that fit are returned in the order of the text: by rank, words of the question, and whether a sentence
-holds the kind of thing that is asked for (`asked.py`).
+sentences that fit are returned in the order of the text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from moss.tools.asked import of_its_kind
 from moss.tools.words import sentences, terms
 
 DAMPING = 0.85
-ROUNDS = 30  # of the walk; the rank of the third decimal stands long before
+AT_ONCE = 2048  # words that are compared at a time
 LEAST = 6  # characters of a sentence that says anything
 UNASKED = 0.1  # of a restart goes anywhere, so that sentences without a word of the question have a rank too
 FROM_QUESTION = 0.6  # of the final order: the sentence's own words of the question; the rest is the walk
@@ -28,13 +29,13 @@ FROM_QUESTION = 0.6  # of the final order: the sentence's own words of the quest
 
 def summarize(text: str, *, limit: int, query: str = "") -> str:
     """The sentences of `text` that matter most for `query`, in at most `limit` characters."""
-    every = [sentence for sentence in sentences(text) if len(sentence) >= LEAST]
+    every = list(dict.fromkeys(sentence for sentence in sentences(text) if len(sentence) >= LEAST))
     if not every:
         return text.strip()[:limit]
     glue = "" if is_chinese(text) else " "
     chosen: set[int] = set()
     room = limit
-    for index in rank(every, query).argsort()[::-1]:
+    for index in (-rank(every, query)).argsort(kind="stable"):
         needed = len(every[index]) + (len(glue) if chosen else 0)
         if needed <= room:
             chosen.add(int(index))
@@ -46,33 +47,49 @@ def summarize(text: str, *, limit: int, query: str = "") -> str:
 
 def rank(every: Sequence[str], query: str = "") -> np.ndarray:
     """The importance of each sentence, shape (sentences,), highest first to choose."""
-    vocabulary: dict[str, int] = {}
-    bags = [{vocabulary.setdefault(term, len(vocabulary)) for term in terms(sentence)} for sentence in every]
-    holds = np.zeros((len(bags), len(vocabulary) or 1), dtype=np.float32)
-    for row, bag in enumerate(bags):
-        holds[row, list(bag)] = 1
-    logs = np.log(holds.sum(axis=1) + 1)
-    edges = holds @ holds.T / np.maximum(logs[:, None] + logs[None, :], 1e-6)
-    np.fill_diagonal(edges, 0)
+    bags = [set(terms(sentence)) for sentence in every]
+    asked = _asked(bags, query)
+    own = FROM_QUESTION * asked / max(asked.max(), 1e-6) + [of_its_kind(query, sentence) for sentence in every]
+    walked = walk(bags, asked)
+    return np.round((1 - FROM_QUESTION) * walked / walked.max() + own, 9)  # no order by the last bit of a machine
+
+
+def walk(bags: Sequence[Collection[str]], asked: np.ndarray) -> np.ndarray:
+    """TextRank of sentences given by their words; `asked` says how much of the question stands in each.
+
+    The stationary distribution of the walk, shape (sentences,).
+    """
+    logs = np.log([len(bag) + 1 for bag in bags])
+    edges = _shared(bags) / np.maximum(logs[:, None] + logs[None, :], 1e-6)
     sums = edges.sum(axis=1, keepdims=True)
     step = np.divide(edges, sums, out=np.full_like(edges, 1 / len(bags)), where=sums > 0)
-    asked = _asked(holds, vocabulary, query)
     restart = np.full(len(bags), 1 / len(bags))
     if asked.sum() > 0:
         restart = UNASKED * restart + (1 - UNASKED) * asked / asked.sum()
-    walk = restart
-    for _ in range(ROUNDS):
-        walk = (1 - DAMPING) * restart + DAMPING * walk @ step
-    own = FROM_QUESTION * asked / max(asked.max(), 1e-6) + [of_its_kind(query, sentence) for sentence in every]
-    return (1 - FROM_QUESTION) * walk / walk.max() + own
+    return np.linalg.solve(np.eye(len(bags)) - DAMPING * step.T, (1 - DAMPING) * restart)
 
 
-def _asked(holds: np.ndarray, vocabulary: dict[str, int], query: str) -> np.ndarray:
+def _shared(bags: Sequence[Collection[str]]) -> np.ndarray:
+    """How many words each two sentences share, shape (sentences, sentences); 0 with itself."""
+    count = Counter(chain.from_iterable(bags))
+    column = {word: at for at, word in enumerate(word for word, often in count.items() if often > 1)}
+    row_of = np.array([row for row, bag in enumerate(bags) for word in bag if word in column], dtype=int)
+    column_of = np.array([column[word] for bag in bags for word in bag if word in column], dtype=int)
+    shared = np.zeros((len(bags), len(bags)))
+    for begin in range(0, len(column), AT_ONCE):
+        part = (column_of >= begin) & (column_of < begin + AT_ONCE)
+        holds = np.zeros((len(bags), AT_ONCE), dtype=np.float32)
+        holds[row_of[part], column_of[part] - begin] = 1
+        shared += holds @ holds.T
+    np.fill_diagonal(shared, 0)
+    return shared
+
+
+def _asked(bags: Sequence[Collection[str]], query: str) -> np.ndarray:
     """How much of the question stands in each sentence, the rarer a word in the text the more."""
-    columns = [vocabulary[term] for term in dict.fromkeys(terms(query)) if term in vocabulary]
-    found = holds[:, columns]
-    rarity = np.log(1 + len(holds) / np.maximum(found.sum(axis=0), 1))
-    return found @ rarity
+    words = list(dict.fromkeys(terms(query)))
+    found = np.array([[word in bag for word in words] for bag in bags], dtype=float).reshape(len(bags), len(words))
+    return found @ np.log(1 + len(bags) / np.maximum(found.sum(axis=0), 1))
 
 
 def is_chinese(text: str) -> bool:

@@ -18,16 +18,18 @@ from tantivy import Filter, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
 
 MAX_TEXT = 200_000  # characters of a page that are read
 MAX_SENTENCES = 300
+MAX_WORD = 64  # characters of a word that count
 
 _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _RUNS = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+(?:['’.][^\W_{_CJK}]+)*")
+_CHINESE = re.compile(f"[{_CJK}]")
 _WHITE = re.compile(r"[ \t\r\f\v\u00a0\u3000]+")
 _END = re.compile(
     r"(?<![。！？…])[。！？…]++[”’」』）]*+"  # Chinese sentences end without a blank
-    r"|(?<![.!?])[.!?]++[\"'”’)]*+(?=\s[\"'“‘(]?[A-Z0-9\u3400-\u9fff])"
+    r"|(?<![.!?])[.!?]++[\"'”’)]*+(?=\s[\"'“‘(]?[A-Z0-9À-ÖØ-ÞА-Я\u3400-\u9fff])"
     r"|\n"
 )
-_SHORT = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|No|vs|etc|e\.g|i\.e|approx|ca|Jr|Sr|Prof|Inc|Ltd)\.$")
+_SHORT = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|No|vs|etc|e\.g|i\.e|approx|ca|Jr|Sr|Prof|Inc|Ltd)\.\Z")
 
 _STOP = frozenset(
     """a about after all also am an and any are as at be because been before being between both but by can could did do
@@ -38,7 +40,7 @@ _STOP = frozenset(
     whose why will with would you your""".split()
 )
 # single characters that carry grammar or the question rather than its matter
-_STOP_ZH = frozenset("的了是在和与或吗呢吧啊么什哪谁怎这那有个就都也很被把从为以及其之于对你我他她它们请问几多少样")
+_STOP_ZH = re.compile("[的了是在和与或吗呢吧啊么什哪谁怎这那有个就都也很被把从为以及其之于对你我他她它们请问几多少样]")
 
 
 @cache
@@ -56,10 +58,10 @@ def terms(text: str, *, stop: bool = True) -> list[str]:
     """The terms of a text in their order; without those of `stop` that every question has."""
     found: list[str] = []
     for run in _RUNS.findall(unicodedata.normalize("NFKC", text).lower()):
-        if re.match(f"[{_CJK}]", run):
+        if _CHINESE.match(run):
             found += _pairs(run, stop)
             continue
-        word = run.replace("’", "'").removesuffix("'s")
+        word = run[:MAX_WORD].replace("’", "'").removesuffix("'s")
         if not (stop and word in _STOP):
             found.append(_stem(word))
     return found
@@ -68,7 +70,7 @@ def terms(text: str, *, stop: bool = True) -> list[str]:
 def _pairs(run: str, stop: bool) -> list[str]:
     """Every two neighbours of a run of Chinese; a character that stands alone is its own term."""
     if stop:
-        return [pair for part in re.split("[" + "".join(_STOP_ZH) + "]", run) for pair in _pairs(part, False) if part]
+        return [pair for part in _STOP_ZH.split(run) if part for pair in _pairs(part, False)]
     return [run] if len(run) == 1 else [run[i : i + 2] for i in range(len(run) - 1)]
 
 
@@ -78,9 +80,11 @@ def sentences(text: str) -> list[str]:
     found: list[str] = []
     start = 0
     for end in [*(match.end() for match in _END.finditer(text)), len(text)]:
+        if _SHORT.search(text, max(start, end - 12), end):  # it goes on after "Dr."
+            continue
         piece, start = text[start:end].strip(), end
-        if found and piece and _SHORT.search(found[-1]):
-            found[-1] += " " + piece  # it ended at "Dr."
-        elif piece:
+        if piece:
             found.append(piece)
+    if rest := text[start:].strip():
+        found.append(rest)
     return found[:MAX_SENTENCES]
