@@ -78,6 +78,8 @@ REFUSED = {  # fail with EPERM, so that Python reports them like a missing permi
     "renameat2": (316, 276),
 }
 
+ANSWER = 3  # the descriptor that a child may write to
+
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH
 _KILL, _ALLOW, _EPERM = 0x80000000, 0x7FFF0000, 0x00050001
 _LOAD, _JUMP_EQUAL, _JUMP_ABOVE, _JUMP_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -115,8 +117,8 @@ def shut_in() -> dict[str, object]:
     return layers
 
 
-def shut_off(answer: int, *, memory: int, seconds: int) -> None:
-    """Limit this process to computing and writing to the descriptor `answer`; raises `JailError` when it cannot.
+def shut_off(program: _Program, *, memory: int, seconds: int) -> None:
+    """Limit this process to computing and writing to `ANSWER`, by `filter_program()`; `JailError` when it cannot.
 
     `memory` is its whole address space in bytes, `seconds` of processor time.
     """
@@ -130,19 +132,17 @@ def shut_off(answer: int, *, memory: int, seconds: int) -> None:
     ):
         resource.setrlimit(limit, value)
     _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    program, keep = filter_program(answer)
     if _libc.prctl(_PR_SET_SECCOMP, _SECCOMP_FILTER, ctypes.byref(program), 0, 0) != 0:
         raise JailError(ctypes.get_errno(), "seccomp is not available here")
-    del keep
 
 
-def try_shut_off(memory: int, seconds: int) -> None:
+def try_shut_off(program: _Program, *, memory: int, seconds: int) -> None:
     """Let a forked process shut itself off, so that a system without seccomp is known before the first call."""
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            shut_off(1, memory=memory, seconds=seconds)
+            shut_off(program, memory=memory, seconds=seconds)
             code = 0
         finally:
             os._exit(code)
@@ -157,8 +157,8 @@ def die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def filter_program(answer: int) -> tuple[_Program, object]:
-    """The seccomp filter for a child that may write to `answer`, and the memory it points to."""
+def filter_program() -> _Program:
+    """The seccomp filter of a child; the same for each, so that it is made once."""
     if platform.machine() not in _MACHINES:
         raise JailError(0, f"no system call table for {platform.machine()}")
     column, architecture = _MACHINES[platform.machine()]
@@ -167,7 +167,7 @@ def filter_program(answer: int) -> tuple[_Program, object]:
         code += [(_JUMP_ABOVE, 0, 1, _X32_BIT), (_RETURN, 0, 0, _KILL)]
     for name, numbers in ALLOWED.items():
         if name == "write":  # first argument: only the answer's descriptor
-            test = [(_LOAD, 0, 0, 16), (_JUMP_EQUAL, 0, 1, answer), (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)]
+            test = [(_LOAD, 0, 0, 16), (_JUMP_EQUAL, 0, 1, ANSWER), (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _EPERM)]
         elif name in ("mmap", "mprotect"):  # third argument: never executable
             test = [(_LOAD, 0, 0, 32), (_JUMP_BITS, 0, 1, _PROT_EXEC), (_RETURN, 0, 0, _EPERM), (_RETURN, 0, 0, _ALLOW)]
         else:
@@ -178,7 +178,7 @@ def filter_program(answer: int) -> tuple[_Program, object]:
             code += [(_JUMP_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _EPERM)]
     code.append((_RETURN, 0, 0, _KILL))
     array = (_Instruction * len(code))(*[_Instruction(*each) for each in code])
-    return _Program(len(code), array), array
+    return _Program(len(code), array)  # which keeps the array alive
 
 
 def address_space() -> int:

@@ -55,7 +55,7 @@ def main(config: dict[str, Any]) -> None:
         gc.collect()
         gc.freeze()
         layers = jail.shut_in()
-        jail.try_shut_off(memory, config["seconds"])
+        jail.try_shut_off(jail.filter_program(), memory=memory, seconds=config["seconds"])
     except (ImportError, OSError, ValueError) as error:
         _send(control, {"failed": f"{type(error).__name__}: {error}"})
         return
@@ -131,6 +131,7 @@ class Zygote:
     """The loop of the forking process; single-threaded, so a fork copies nothing half-done."""
 
     def __init__(self, job: Job, control: socket.socket, parent: int, memory: int, config: dict[str, Any]):
+        assert jail is not None
         self.job = job
         self.control = control
         self.parent = parent
@@ -138,6 +139,7 @@ class Zygote:
         self.config = config
         self.children: dict[int, tuple[float, int]] = {}  # pid: when to kill it, where to say how it ended
         self.killed: set[int] = set()
+        self.program = jail.filter_program()
         self.pid = os.getpid()
 
     def serve(self, hello: dict[str, Any]) -> None:
@@ -191,12 +193,13 @@ class Zygote:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             arguments += [os.pread(each, os.fstat(each).st_size, 0) for each in payload]
-            os.closerange(0, answer)
-            os.closerange(answer + 1, 1024)  # the zygote holds a few dozen at most
-            jail.shut_off(answer, memory=self.memory, seconds=self.config["seconds"])
+            os.dup2(answer, jail.ANSWER)
+            os.closerange(0, jail.ANSWER)
+            os.closerange(jail.ANSWER + 1, 1024)  # the zygote holds a few dozen at most
+            jail.shut_off(self.program, memory=self.memory, seconds=self.config["seconds"])
             message = answer_to(self.job, arguments)
             while message:
-                message = message[os.write(answer, message) :]
+                message = message[os.write(jail.ANSWER, message) :]
             code = 0
         finally:
             os._exit(code)
