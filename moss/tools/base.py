@@ -15,6 +15,10 @@ The name that the model writes, the switch line, the API line, the JSON schema a
 the signature and the docstring; `@tool(key=…, switch=…, api=…)` names them otherwise. It stays callable from plain
 Python. It raises `ToolError` for whatever the asker can mend; the reason goes to the user, the model reads
 `No result.`. What a tool returns is text, or a list of `Source`s, which are numbered and can be cited in the reply.
+
+Arguments are `str`, `int`, `float`, `bool`, `list` (also `list[int]`) or `dict`, the last two written as JSON, and may
+be optional, have defaults, or be any number (`*amounts`). A line of commands gives them by their place; `""` leaves out
+one whose default is no text.
 `calls.py` reads the lines in which a model calls tools, and runs them; `own.py` finds the tools of a user's file.
 """
 
@@ -29,14 +33,17 @@ import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, overload
 
 MODULES = ("moss.tools.search", "moss.tools.calculator", "moss.tools.solver")  # one line per file of standard tools
 SECONDS = 10.0  # how long a call may take where its tool says nothing else
 
 _SCHEMA = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "list": "array", "dict": "object"}
-_IGNORED = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_IGNORED = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD, default="")
 _YES, _NO = ("true", "yes", "1"), ("false", "no", "0")
+_COMMAND = re.compile(r"(?!None$)[A-Z][A-Za-z0-9]*")  # the name of a command
+_KEY = re.compile(r"(?!(?:thoughts|all|none)$)[\w-]+")
 
 
 class ToolError(Exception):
@@ -73,9 +80,8 @@ class Tool:
     seconds: float = SECONDS
     prepare: Callable[[], None] | None = None
     missing: Callable[[], str] | None = None
-    arguments: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # JSON schema of each, where the signature says too little
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # JSON schema of those whose type says too little
+    definitions: Mapping[str, Any] = field(default_factory=dict)  # what those schemas refer to: `$defs`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Result:
         return self.function(*args, **kwargs)
@@ -87,18 +93,24 @@ class Tool:
 
     @property
     def api(self) -> str:
-        """The API as the prompt shows it, required arguments only: `Calculate(expression)`."""
-        return f"{self.name}({', '.join(self.required)})"
+        """The API as the prompt shows it, required arguments only: `Calculate(expression)`. One is shown always."""
+        names = self.required or [f"*{name}" if _many(each) else name for name, each in self.parameters.items()][:1]
+        return f"{self.name}({', '.join(names)})"
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
-        """The arguments. A function without any has one that is ignored: a command has at least one."""
-        return inspect.signature(self.function).parameters or {"request": _IGNORED}
+        """The arguments of a command. A function without any has one that is ignored: a command has at least one."""
+        given = {}
+        for name, each in _signature(self.function).parameters.items():
+            by_name_only = each.kind is each.KEYWORD_ONLY and each.default is not each.empty
+            if each.kind is not each.VAR_KEYWORD and not by_name_only:
+                given[name] = each
+        return given or {"request": _IGNORED}
 
     @property
     def required(self) -> list[str]:
         """The names of the arguments that every call has."""
-        return [name for name, parameter in self.parameters.items() if parameter.default is parameter.empty]
+        return [name for name, each in self.parameters.items() if each.default is each.empty and not _many(each)]
 
     @property
     def help(self) -> str:
@@ -109,11 +121,12 @@ class Tool:
     def schema(self) -> dict[str, Any]:
         """The tool as a function in OpenAI's `tools` list."""
         notes = _argument_notes(self.function)
-        properties = {
-            name: self.arguments.get(name) or {"type": _SCHEMA[_kind(parameter)], "description": notes.get(name, "")}
-            for name, parameter in self.parameters.items()
-        }
-        parameters = {"type": "object", "properties": properties, "required": self.required}
+        properties = {}
+        for name, parameter in self.parameters.items():
+            form = {"type": _SCHEMA[_kind(parameter)]}
+            form = {"type": "array", "items": form} if _many(parameter) else form
+            properties[name] = self.arguments.get(name) or {**form, "description": notes.get(name, "")}
+        parameters = {"type": "object", "properties": properties, "required": self.required, **self.definitions}
         return {
             "type": "function",
             "function": {"name": self.name, "description": self.help, "parameters": parameters},
@@ -121,16 +134,38 @@ class Tool:
 
     def read(self, args: Sequence[str]) -> list[Any]:
         """The arguments of a command as the function wants them; `ToolError` where number or kind do not fit."""
-        signature = inspect.signature(self.function)
-        if not signature.parameters:
+        wanted = list(self.parameters.values())
+        if wanted[0] is _IGNORED:
             return []
-        try:
-            bound = signature.bind(*args)
-        except TypeError:
-            raise ToolError(f"{self.name} does not take {len(args)} argument(s); write {self.api}") from None
-        kinds = [_kind(self.parameters[name]) for name in bound.arguments]
-        kinds += [kinds[-1]] * (len(args) - len(kinds)) if kinds else []  # *args: all of the same kind
-        return [_converted(text, kind, self.name) for text, kind in zip(args, kinds)]
+        if _many(wanted[-1]):
+            wanted += [wanted.pop()] * max(0, len(args) - len(wanted) + 1)
+        if not len(self.required) <= len(args) <= len(wanted):
+            raise ToolError(f"{self.name} does not take {len(args)} argument(s); write {self.api}")
+        return [_converted(text, parameter, self.name) for text, parameter in zip(args, wanted)]
+
+    def spelled(self, given: Mapping[str, Any]) -> list[str]:
+        """Arguments that come by name, as JSON has them, as the texts of a command; the inverse of `named`.
+
+        `ToolError` where one is missing, or there is none of that name.
+        """
+        given = {name: value for name, value in given.items() if value is not None}
+        parameters = self.parameters
+        if not set(self.required) <= given.keys() <= parameters.keys():
+            raise ToolError(f"{self.name} was given {', '.join(given) or 'nothing'}; write {self.api}")
+        last = max((place for place, name in enumerate(parameters) if name in given), default=0)
+        values: list[Any] = []
+        for name, each in list(parameters.items())[: last + 1]:
+            value = given.get(name, each.default if isinstance(each.default, str) else "")
+            values += value if _many(each) and isinstance(value, list) else [value]
+        return [as_text(value) for value in values]
+
+    def named(self, args: Sequence[str]) -> dict[str, Any]:
+        """The arguments of a command by their names."""
+        names = list(self.parameters)
+        if _many(self.parameters[names[-1]]):
+            places, rest = names[:-1], list(args[len(names) - 1 :])
+            return {**dict(zip(places, args)), **({names[-1]: rest} if rest else {})}
+        return dict(zip([*names, *(f"argument_{number + 1}" for number in range(len(names), len(args)))], args))
 
 
 @overload
@@ -152,17 +187,26 @@ def tool(
     """Make a function a tool; see the head of this file.
 
     A function `convert_money` is the tool `convert_money`, called as `ConvertMoney`, with the switch "Convert money",
-    where `key`, `api` and `switch` do not say otherwise. ValueError for a function without a docstring.
+    where `key`, `api` and `switch` do not say otherwise. ValueError for a function that no command can call, and for
+    one without a docstring.
     """
 
     def decorate(function: Callable[..., Result]) -> Tool:
         given = function.__name__.strip("_")
         name = api.split("(")[0] or command_name(given)
-        if not function.__doc__:
+        if not (function.__doc__ or "").strip():
             raise ValueError(f"tool {name} needs a docstring: it is what the model and the user read about it")
         label = switch or given.replace("_", " ").capitalize()
         made = Tool(key or given, label, name, function, **rest)
+        if not _COMMAND.fullmatch(name):
+            raise ValueError(f"api {name!r} is no name of a command: a capital letter, then letters and digits")
+        if not _KEY.fullmatch(made.key):
+            raise ValueError(f"key {made.key!r} cannot name a tool; take letters, digits, - and _ for it")
+        if len(label.splitlines()) != 1 or ":" in label:
+            raise ValueError(f"switch {label!r} cannot stand in the prompt; write one line without a colon")
         for parameter in made.parameters.values():
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise ValueError(f"argument {parameter.name} needs a default or a place: a command has no names")
             _kind(parameter)
         return made
 
@@ -213,20 +257,44 @@ def on_progress(tell: Callable[[str], None]) -> None:
 # ------------------------------------------------------------------------------------------------------ arguments
 
 
+def _signature(function: Callable[..., Result]) -> inspect.Signature:
+    """The signature, its annotations as types where that can be: they are texts under `annotations` of `__future__`."""
+    try:
+        return inspect.signature(function, eval_str=True)
+    except Exception:  # whatever the evaluation of an annotation raises; `_kind` reads the text then
+        return inspect.signature(function)
+
+
+def _many(parameter: inspect.Parameter) -> bool:
+    """Whether it is `*args`."""
+    return parameter.kind is parameter.VAR_POSITIONAL
+
+
 def _kind(parameter: inspect.Parameter) -> str:
     """The name of the type of an argument, `str` where there is none; ValueError for one that no text can become."""
-    annotation = parameter.annotation
-    if annotation is parameter.empty:
+    wanted = parameter.annotation
+    if wanted is parameter.empty:
         return "str"
-    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-    name = re.split(r"\W", name.replace(" ", "").removesuffix("|None").removeprefix("Optional["))[0]
+    if get_origin(wanted) is Annotated:
+        wanted = get_args(wanted)[0]
+    if get_origin(wanted) in (Union, UnionType):
+        kinds = [each for each in get_args(wanted) if each is not NoneType]
+        wanted = kinds[0] if len(kinds) == 1 else wanted
+    wanted = get_origin(wanted) or wanted
+    if isinstance(wanted, str):
+        name = re.split(r"\W", re.sub(r"\s|\|None$|^(?:\w+\.)?Optional\[", "", wanted))[0]
+    else:
+        name = getattr(wanted, "__name__", "")
     if name not in _SCHEMA:
-        raise ValueError(f"argument {parameter.name} is a {annotation}; a tool takes {', '.join(_SCHEMA)}")
+        raise ValueError(f"argument {parameter.name} is a {parameter.annotation}; a tool takes {', '.join(_SCHEMA)}")
     return name
 
 
-def _converted(text: str, kind: str, tool: str) -> Any:
+def _converted(text: str, parameter: inspect.Parameter, tool: str) -> Any:
     """The text of an argument as its kind."""
+    default, kind = parameter.default, _kind(parameter)
+    if not text and default is not parameter.empty and not isinstance(default, str):
+        return default
     try:
         if kind == "bool":
             return (_YES + _NO).index(text.strip().lower()) < len(_YES)
@@ -241,13 +309,24 @@ def _converted(text: str, kind: str, tool: str) -> Any:
         raise ToolError(f"{tool} was given {shown!r} where it takes {_SCHEMA[kind]}") from None
 
 
+def as_text(value: Any) -> str:
+    """A value of JSON as the text of an argument."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
 def _argument_notes(function: Callable[..., Result]) -> dict[str, str]:
     """What the docstring's `Args:` section says about each argument."""
     _, _, section = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
     notes: dict[str, str] = {}
-    for line in section.split("\n"):
-        name, colon, note = line.strip().partition(": ")
-        if not colon or " " in name:
+    outer = 0  # how far the names are indented; what stands further in goes on with a note
+    for line in filter(str.strip, section.split("\n")):
+        depth = len(line) - len(line.lstrip())
+        outer = outer or depth
+        if not depth:  # the next section
             break
-        notes[name] = note
+        named = re.match(r"\*{0,2}(\w+)(?: \(.*?\))?:(.*)", line.strip())
+        if named and depth == outer:
+            notes[named[1]] = named[2].strip()
+        elif notes:
+            notes[next(reversed(notes))] += " " + line.strip()
     return notes

@@ -9,26 +9,32 @@ A line is what the model writes between `<|Commands|>` and `<eoc>`:
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
+import inspect
+import json
 import queue
 import re
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from moss.tools.base import Result, Source, Tool, ToolError, on_progress, standard_tools
+from moss.tools.base import Source, Tool, ToolError, on_progress, standard_tools
 
 MAX_CALLS = 4  # calls of one line that run; those after them are dropped
 NO_RESULT = "No result."
 ITEM_LIMIT = 400  # characters of a source that the model reads
+ITEM_LEAST = 40  # where there is less room for each, sources are left out
+LONGEST = 100_000  # characters of a text; what a tool gives beyond them is cut
 STUCK = 8  # calls of a tool that may outlive their deadline before it is asked no more
 
 _NAME = re.compile(r"(?<![\w.])[A-Z][A-Za-z0-9]*[ \t]*\(")
-# characters that no result holds: controls, and the invisible ones that turn text around
+# characters that no result holds: controls, and the invisible ones that turn text around or hide some in it
 _UNSEEN = re.compile(
-    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u200e\u200f\u2028-\u202e\u2060-\u2064\u2066-\u2069\ufeff\ud800-\udfff]"
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
+    r"\ud800-\udfff\U000e0000-\U000e0fff]"
 )
 
 
@@ -175,7 +181,7 @@ class Outcome:
 
 
 _room: contextvars.ContextVar[int] = contextvars.ContextVar("room", default=0)
-_late: dict[str, list[threading.Thread]] = {}  # calls of each tool that outlived their deadline
+_late: dict[str, set[threading.Thread]] = {}  # calls of each tool that nobody waits for any more
 
 
 def room() -> int:
@@ -188,38 +194,54 @@ def refusal(call: Call, tools: Mapping[str, Tool], enabled: Collection[str] | No
     by_name = {each.name: each for each in tools.values()}
     chosen = by_name.get(call.name)
     if chosen is None:
-        return Outcome(False, error=f"no tool is called {call.name!r}; there are {', '.join(by_name)}", ran=False)
+        known = _shorten(", ".join(by_name), 300)
+        return Outcome(False, error=f"no tool is called {call.name!r}; there are {known}", ran=False)
     if enabled is not None and chosen.key not in enabled:
         return Outcome(False, error=f"{call.name} is switched off", ran=False)
     return Outcome(False, error=call.error) if call.error else chosen
-
-
-def execute(call: Call, tools: Mapping[str, Tool], enabled: Collection[str] | None = None) -> Outcome:
-    """Run one call here and now, without a deadline; `tools` by key."""
-    chosen = refusal(call, tools, enabled)
-    return chosen if isinstance(chosen, Outcome) else _ask(chosen, call)
 
 
 def _ask(chosen: Tool, call: Call) -> Outcome:
     """What the tool answers. Whatever it raises becomes an outcome: a border where nothing may escape."""
     started = time.perf_counter()
     try:
-        result: Result = chosen(*chosen.read(call.args))
+        result: Any = chosen(*chosen.read(call.args))
+        outcome = _outcome(asyncio.run(result) if inspect.iscoroutine(result) else result)
     except ToolError as error:
-        return Outcome(False, error=_shorten(str(error), 500), seconds=time.perf_counter() - started)
-    except Exception as error:
-        reason = f"{call.name} failed: {type(error).__name__}: {_shorten(str(error), 200)}"
-        return Outcome(False, error=reason, seconds=time.perf_counter() - started)
-    seconds = time.perf_counter() - started
-    if isinstance(result, list):
-        return Outcome(bool(result), error="" if result else "nothing found", seconds=seconds, sources=tuple(result))
-    return Outcome(True, text=_UNSEEN.sub("", str(result)), seconds=seconds)
+        outcome = Outcome(False, error=_label(error, 500) or f"{call.name} failed")
+    except BaseException as error:  # also SystemExit: a tool cannot end the program
+        outcome = Outcome(False, error=f"{call.name} failed: {type(error).__name__}: {_label(error, 200)}")
+    return replace(outcome, seconds=time.perf_counter() - started)
+
+
+def _outcome(result: Any) -> Outcome:
+    """What a tool returned: sources, text, or anything else, which becomes text."""
+    if isinstance(result, list | tuple) and all(isinstance(each, Source) for each in result):
+        sources = tuple(Source(_label(s.title, 200), _label(s.url, 2000), str(s.text)) for s in result)
+        return Outcome(bool(sources), error="" if sources else "nothing found", sources=sources)
+    if isinstance(result, dict | list | tuple):
+        result = json.dumps(result, ensure_ascii=False, default=str)
+    text = visible(str(result)).lstrip("\n").rstrip()
+    return Outcome(True, text=text if len(text) <= LONGEST else text[: LONGEST - 1] + "…")
+
+
+def _label(text: object, limit: int) -> str:
+    return _shorten(visible(str(text)), limit)
+
+
+def visible(text: str) -> str:
+    """Text from outside without the characters that nobody sees; line ends and tabs stay."""
+    return _UNSEEN.sub("", text)
 
 
 def run_calls(
     calls: Sequence[Call], tools: Mapping[str, Tool], enabled: Collection[str] | None = None, *, room: int = 0
 ) -> list[Outcome]:
-    """Run the calls of one line side by side; calls after the first `MAX_CALLS` are dropped, not run."""
+    """Run the calls of one line side by side; calls after the first `MAX_CALLS` are dropped, not run.
+
+    `tools` by key; `enabled` are the keys switched on (None = all). `room` is how many characters of each result will
+    be read, 0 = any number.
+    """
     found: dict[int, Outcome] = {}
     for index, news in stream_calls(calls, tools, enabled, room=room):
         if isinstance(news, Outcome):
@@ -237,55 +259,62 @@ def stream_calls(
     """
     news: queue.SimpleQueue[tuple[int, Outcome | str]] = queue.SimpleQueue()
     waiting: dict[int, tuple[Tool, threading.Thread, float]] = {}
-    for index, call in enumerate(calls):
-        if index >= MAX_CALLS:
-            yield index, Outcome(False, error=f"dropped: one line runs at most {MAX_CALLS} calls", ran=False)
-            continue
-        chosen = refusal(call, tools, enabled)
-        if isinstance(chosen, Tool) and len(still_running(chosen)) >= STUCK:
-            chosen = Outcome(False, error=f"{call.name} is still busy with calls that took too long; try again later")
-        if isinstance(chosen, Outcome):
-            yield index, chosen
-            continue
-        job = _job(chosen, call, index, news, room)
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(job,), daemon=True, name=chosen.key)
-        waiting[index] = (chosen, thread, time.monotonic() + chosen.seconds)
-        thread.start()
-    while waiting:
-        patience = min(deadline for _, _, deadline in waiting.values()) - time.monotonic()
-        try:
-            index, what = news.get(timeout=max(0.0, patience))
-        except queue.Empty:
-            for index, (late, thread, deadline) in list(waiting.items()):
-                if time.monotonic() >= deadline:
-                    del waiting[index]
-                    _late.setdefault(late.name, []).append(thread)
-                    yield (
-                        index,
-                        Outcome(False, error=f"{late.name} took more than {late.seconds:g} s", seconds=late.seconds),
-                    )
-            continue
-        if index in waiting:
-            if isinstance(what, Outcome):
-                del waiting[index]
-            yield index, what
 
-
-def _job(chosen: Tool, call: Call, index: int, news: queue.SimpleQueue[tuple[int, Outcome | str]], room: int):
-    """What the thread of a call does."""
-
-    def job() -> None:
+    def work(chosen: Tool, call: Call, index: int) -> None:
+        """What the thread of a call does. Nobody reads the news of a call that is no longer waited for."""
         _room.set(room)
-        on_progress(lambda text: news.put((index, text)))
+        on_progress(lambda text: news.put((index, _label(text, 200))) if index in waiting else None)
         news.put((index, _ask(chosen, call)))
 
-    return job
+    try:
+        for index, call in enumerate(calls):
+            chosen = refusal(call, tools, enabled)
+            if index >= MAX_CALLS:
+                chosen = Outcome(False, error=f"dropped: one line runs at most {MAX_CALLS} calls", ran=False)
+            elif isinstance(chosen, Tool) and len(still_running(chosen)) >= STUCK:
+                chosen = Outcome(False, error=f"{call.name} is busy with calls that took too long; try again later")
+            if isinstance(chosen, Outcome):
+                yield index, chosen
+                continue
+            run, job = contextvars.copy_context().run, (work, chosen, call, index)
+            thread = threading.Thread(target=run, args=job, daemon=True, name=chosen.key)
+            waiting[index] = (chosen, thread, time.monotonic() + chosen.seconds)
+            thread.start()
+        while waiting:
+            for index, (late, thread, deadline) in list(waiting.items()):
+                if time.monotonic() >= deadline and (thread.is_alive() or news.empty()):
+                    _give_up(late, thread)
+                    del waiting[index]
+                    reason = f"{late.name} took more than {late.seconds:g} s"
+                    yield index, Outcome(False, error=reason, seconds=late.seconds)
+            if not waiting:
+                break
+            patience = min(deadline for _, _, deadline in waiting.values()) - time.monotonic()
+            try:
+                index, what = news.get(timeout=max(0.0, patience))
+            except queue.Empty:
+                continue
+            if index in waiting:
+                if isinstance(what, Outcome):
+                    del waiting[index]
+                yield index, what
+    finally:
+        for tool, thread, _ in waiting.values():
+            _give_up(tool, thread)
+        waiting.clear()
+
+
+def _give_up(tool: Tool, thread: threading.Thread) -> None:
+    """Wait for a call no longer. A thread cannot be ended, so it is counted as long as it runs."""
+    _late.setdefault(tool.name, set()).add(thread)
 
 
 def still_running(tool: Tool) -> list[threading.Thread]:
-    """The calls of a tool that outlived their deadline and have not ended."""
-    _late[tool.name] = [thread for thread in _late.get(tool.name, []) if thread.is_alive()]
-    return _late[tool.name]
+    """The calls of a tool that nobody waits for any more and that have not ended."""
+    late = _late.get(tool.name, set())
+    for thread in [each for each in list(late) if not each.is_alive()]:
+        late.discard(thread)
+    return list(late)
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -304,8 +333,7 @@ def cited(sources: Sequence[Source], first: int = 1, limit: int = ITEM_LIMIT) ->
     """Sources as the model reads them, one line each: `<|1|>: 'text'`, quoted as in the released data."""
     lines = []
     for number, source in enumerate(sources, first):
-        text = " ".join(_UNSEEN.sub(" ", source.text).split())
-        text = text if len(text) <= limit else text[: limit - 1] + "…"
+        text = _shorten(_UNSEEN.sub(" ", source.text), limit)
         quote = '"' if "'" in text else "'"
         lines.append(f"<|{number}|>: {quote}{text.replace(quote, '”')}{quote}")
     return "\n".join(lines)
@@ -329,13 +357,19 @@ def format_results(
 
 
 def shown(outcome: Outcome, limit: int = 0) -> str:
-    """What the model reads of an outcome, in at most `limit` characters (0 = any number)."""
+    """What the model reads of an outcome, in at most `limit` characters (0 = any number), `ITEM_LEAST` at least.
+
+    Each source has its share of them; where that is too little, the last sources are left out.
+    """
     if not outcome.ok:
         return NO_RESULT
-    if outcome.sources:
-        each = min(ITEM_LIMIT, limit // len(outcome.sources) - 10) if limit else ITEM_LIMIT
-        return cited(outcome.sources, outcome.first, max(each, 20))
-    return outcome.text if not 0 < limit < len(outcome.text) else outcome.text[: limit - 1] + "…"
+    if not outcome.sources:
+        text = outcome.text or NO_RESULT
+        return text if not 0 < limit < len(text) else text[: limit - 1] + "…"
+    around = len(f"<|{outcome.first + len(outcome.sources)}|>: ''\n")
+    room = max(limit, ITEM_LEAST) if limit else len(outcome.sources) * (ITEM_LIMIT + around)
+    kept = outcome.sources[: max(1, room // (ITEM_LEAST + around))]
+    return cited(kept, outcome.first, min(ITEM_LIMIT, room // len(kept) - around))
 
 
 def _one_line(raw: str) -> str:
