@@ -46,7 +46,8 @@ from moss.tools.calls import MAX_CALLS, Call, Outcome, format_results, parse_com
 SAMPLING = Sampling(temperature=0.7, top_p=0.8)  # of the released models' RELEASED, without penalty and time limit
 BROKEN = "the line of commands broke off, so nothing of it was run"
 NO_REPLY = "the model gave no reply; ask in another way"
-SHORTEST = 40  # characters of a result that the model reads however little room there is
+SHORTEST = 40  # characters of each result that the model reads; with less room there are fewer results
+ROUND = 50  # tokens that must be left for one more round
 PASSES = 16  # seeds set aside for one turn: more than its passes, which are at most MAX_ROUNDS + 2
 
 
@@ -255,6 +256,7 @@ class _Turn:
         self.num_sources = 0
         self.num_passes = 0
         self.length = 0  # of the conversation so far, in tokens
+        self.full = False  # a round was too long for the model and left out
         self.usage = {"prompt_tokens": 0, "cached_tokens": 0, "completion_tokens": 0}
         self.started = time.perf_counter()
         self.first_token = 0.0
@@ -269,7 +271,7 @@ class _Turn:
             until = "reply"
             if done.wrote == "reply":
                 break
-            asked = self.turn.rounds[-1].commands != NONE  # nothing asked for: there is nothing to think about anew
+            asked = bool(self.turn.rounds) and self.turn.rounds[-1].commands != NONE  # else nothing to think about anew
             if done.wrote == "round" and asked and self._may_go_on():
                 until = "results"
         self.turn.reply = done.texts.get("reply", "")
@@ -286,7 +288,8 @@ class _Turn:
 
     def _may_go_on(self) -> bool:
         """Whether the model may choose another round. Where roles are text it was never taught to choose."""
-        return self.tok.single_roles and len(self.turn.rounds) < self.options.max_rounds
+        more = self.tok.single_roles and len(self.turn.rounds) < self.options.max_rounds
+        return more and not self.full and self._room() >= ROUND
 
     def _prefix(self) -> int:
         """How many ids open every conversation with this meta instruction and these switches."""
@@ -296,15 +299,47 @@ class _Turn:
         return len(self.tok.encode_again(instruction(dialog, self.lines)))
 
     @property
+    def _set_aside(self) -> int:
+        """How many tokens are left for the answer."""
+        return min(self.options.sampling.max_tokens, self.engine.max_length // 4)
+
+    @property
     def _limit(self) -> int:
-        """The longest prompt, in tokens; what is left is for the answer."""
-        return self.engine.max_length - min(self.options.sampling.max_tokens, self.engine.max_length // 4)
+        """The longest prompt, in tokens."""
+        return self.engine.max_length - self._set_aside
+
+    @property
+    def _most(self) -> int:
+        """The longest prompt where the turn itself takes more than `_limit`: half of what is set aside goes to it."""
+        return self.engine.max_length - self._set_aside // 2
+
+    def _alone(self, until: Until, *more: Round) -> int:
+        """How many tokens the prompt takes without the turns before, and with `more` rounds."""
+        turn = replace(self.turn, rounds=[*self.turn.rounds, *more])
+        form: Any = {"until": until, "switches": self.lines, "form": self.options.form}
+        return len(render(replace(self.dialog, turns=[turn]), self.tok, **form)[0])
+
+    def _room(self) -> int:
+        """How many tokens the next round can take, so that its reply still fits."""
+        return self._most - self._alone("reply", Round())
 
     def _prompt(self, until: Until) -> Generator[Event, None, list[int]]:
-        """The ids of the conversation up to `until`; the oldest turns go where it would be too long."""
-        limit = self._limit
+        """The ids of the conversation up to `until`. Where it would be too long, the oldest turns go, and at last the
+        newest round: a turn that has begun does not end without a reply."""
         form: Any = {"until": until, "switches": self.lines, "form": self.options.form}
-        self.dialog, dropped = trim(self.dialog, self.tok, limit, **form)
+        while True:
+            limit = self._limit
+            if self.turn.rounds:
+                limit = max(limit, min(self._most, self._alone(until)))
+            try:
+                self.dialog, dropped = trim(self.dialog, self.tok, limit, **form)
+                break
+            except TooLong:
+                if not self.turn.rounds:
+                    raise
+            self.turn.rounds.pop()
+            self.full = True
+            yield Notice("the last round was too long for the model and was left out")
         if dropped:
             yield left_out(dropped)
         return render(self.dialog, self.tok, **form)[0]
@@ -314,6 +349,8 @@ class _Turn:
         prompt = yield from self._prompt(until)
         self.length = len(prompt)
         path = _Path(self.tok, until, self.options)
+        room = self._room() if until != "reply" else 0
+        stopped = False
         parser = StreamParser(self.tok, None if until == "results" else until)
         texts: dict[str, str] = {}
         stream = self.engine.submit(
@@ -331,7 +368,8 @@ class _Turn:
                 if not path.follow(token.id):
                     break
                 yield from self._say(parser.feed([token.id]), texts)
-                if path.ended:
+                stopped = path.wrote == "round" and self.length - len(prompt) >= room
+                if path.ended or stopped:
                     break
         finally:
             stream.cancel()
@@ -341,9 +379,10 @@ class _Turn:
         if self.num_passes == 0:
             self.usage |= {"prompt_tokens": stream.prompt_tokens, "cached_tokens": stream.reused}
         self.num_passes += 1
-        if stream.finish == "cancelled" and not (path.ended or path.left):
+        if stream.finish == "cancelled" and not (path.ended or path.left or stopped):
             raise EngineError("the engine was closed")
-        return _Pass(path.wrote, texts, path.ended, "stop" if path.ended else stream.finish or "stop")
+        finish = "stop" if path.ended else "length" if stopped else stream.finish or "stop"
+        return _Pass(path.wrote, texts, path.ended, finish)
 
     def _sampling(self, stops: frozenset[int]) -> Sampling:
         """The options' sampling for the next pass: its own seed, and what is left of the turn's time."""
@@ -390,18 +429,32 @@ class _Turn:
                 yield ToolDone(first + index, call.name, False, error=BROKEN)
             return
         started = time.perf_counter()
-        tokens = (self._limit - self.length) // 3  # for this round; what is left is for those that may follow
+        left = self._most - self._alone("reply")
+        # Two thirds of what is left are for later rounds. Older turns may have to go for a quarter of it all.
+        tokens = min(left, max((self._limit - self.length) // 3, min(left // 2, self._limit // 4)))
         limit = self._characters(tokens) // max(1, min(len(calls), MAX_CALLS))
         outcomes = yield from work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit)
         if not calls:
             return
         self.tool_seconds += time.perf_counter() - started
         self.num_sources += sum(len(outcome.sources) for outcome in outcomes)
-        while True:
-            item.results = format_results(calls, outcomes, self.tools, limit=limit)
-            if limit <= SHORTEST or (length := len(self.tok.encode(item.results))) <= tokens:
-                return
-            limit = max(SHORTEST, limit * tokens // length * 9 // 10)
+        item.results, told = self._results(calls, outcomes, tokens, left)
+        if told < len(calls):
+            yield Notice(f"only {told} of {len(calls)} results fit what the model can read")
+
+    def _results(self, calls: Sequence[Call], outcomes: Sequence[Outcome], tokens: int, most: int) -> tuple[str, int]:
+        """The Results of a round in about `tokens` tokens, never more than `most`, and how many calls they tell of."""
+        limit, told = max(SHORTEST, 4 * tokens // len(calls)), len(calls)  # a token is rarely more than 4 characters
+        while told:
+            results = format_results(calls[:told], outcomes[:told], self.tools, limit=limit)
+            length = len(self.tok.encode(self.tok.guard(results)))
+            if length <= tokens or (limit <= SHORTEST and length <= most):
+                return results, told
+            if limit > SHORTEST:
+                limit = max(SHORTEST, limit * tokens // length * 9 // 10)
+            else:
+                told -= 1
+        return NONE, told
 
     def _characters(self, tokens: int) -> int:
         """About how many characters so many tokens are, to judge by the question: Chinese takes more."""
