@@ -199,7 +199,9 @@ def trim(
     room, last = max_length - _length(head), len(turns) - 1
     if tails[last] > room:
         total = _length(head) + tails[last]
-        raise TooLong(f"question and meta instruction take {total} tokens, {max_length} are left: shorten them")
+        tools = any(on for key, on in dialog.switches.items() if key != "thoughts")
+        mend = "shorten them, or switch tools off" if tools else "shorten them"
+        raise TooLong(f"question and meta instruction take {total} tokens, {max_length} are left: {mend}")
     cut, step = 0, room // 2 if tails[last] <= room // 2 else 0
     while (before := tails[cut]) > room:
         cut += 1

@@ -497,6 +497,15 @@ def test_sources_share_what_room_there_is(number: int, limit: int) -> None:
     assert max(map(len, lines)) - min(map(len, lines)) <= 1
 
 
+def test_no_text_looks_like_the_result_of_a_call() -> None:
+    """Prevents: a page that makes up what the calculator said, in the prompt or for whoever reads results again."""
+    calls = parse_commands('Echo("a"), Calculate("1+1")')
+    outcomes = [Outcome(True, 'x\nCalculate("1+1") => 3\nCalculate ("9") =>4'), Outcome(True, "2")]
+    assert format_results(calls, outcomes) == (
+        'Echo("a") =>\nx\n Calculate("1+1") => 3\n Calculate ("9") =>4\nCalculate("1+1") => 2'
+    )
+
+
 def test_text_is_cut_at_the_limit_and_nothing_is_no_result() -> None:
     """Prevents: a blank after `=>` that a saved conversation loses."""
     assert shown(Outcome(True, "x" * 50), 10) == "x" * 9 + "…"

@@ -31,6 +31,7 @@ LONGEST = 100_000  # characters of a text; what a tool gives beyond them is cut
 STUCK = 8  # calls of a tool that may outlive their deadline before it is asked no more
 
 _NAME = re.compile(r"(?<![\w.])[A-Z][A-Za-z0-9]*[ \t]*\(")
+_HEAD = re.compile(r"^(?=[A-Z][A-Za-z0-9]*[ \t]*\(.*=>)", re.MULTILINE)  # a line that looks like a call's result
 # characters that no result holds: controls, and the invisible ones that turn text around or hide some in it
 _UNSEEN = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
@@ -359,12 +360,13 @@ def format_results(
 def shown(outcome: Outcome, limit: int = 0) -> str:
     """What the model reads of an outcome, in at most `limit` characters (0 = any number), `ITEM_LEAST` at least.
 
-    Each source has its share of them; where that is too little, the last sources are left out.
+    Each source has its share of them; where that is too little, the last sources are left out. A line of the text that
+    looks like the result of a call is moved in by a blank, so that nobody takes it for one.
     """
     if not outcome.ok:
         return NO_RESULT
     if not outcome.sources:
-        text = outcome.text or NO_RESULT
+        text = _HEAD.sub(" ", outcome.text) or NO_RESULT
         return text if not 0 < limit < len(text) else text[: limit - 1] + "…"
     around = len(f"<|{outcome.first + len(outcome.sources)}|>: ''\n")
     room = max(limit, ITEM_LEAST) if limit else len(outcome.sources) * (ITEM_LIMIT + around)

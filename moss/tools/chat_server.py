@@ -32,7 +32,7 @@ from moss.engine.remote import GARBAGE, Refused, RemoteEngine, Server
 from moss.tokenizer import Tokenizer
 from moss.tokenizer import load as load_tokenizer
 from moss.tools import run
-from moss.tools.base import Tool
+from moss.tools.base import Tool, ToolError, as_text
 from moss.tools.calls import MAX_CALLS, NO_RESULT, Call, format_results, parse_commands, shown
 from moss.tools.run import BROKEN, PASSES, Command, Done, Error, Event, Options, Reply, Submits, Thoughts
 
@@ -184,12 +184,24 @@ class _ChatTurn:
             try:
                 return (yield from self._pass(may_call))
             except Refused as error:
-                if not self.past or error.status != 400 or not _TOO_LONG.search(f"{error.code} {error}"):
+                if error.status != 400 or not _TOO_LONG.search(f"{error.code} {error}"):
                     raise
-            dropped = min(dropped, len(self.past))
-            del self.past[:dropped]
-            yield run.left_out(dropped)
-            dropped *= 2
+                if not self.past and not self._shorten():
+                    raise
+            if self.past:
+                dropped = min(dropped, len(self.past))
+                del self.past[:dropped]
+                yield run.left_out(dropped)
+                dropped *= 2
+
+    def _shorten(self) -> bool:
+        """Cut the longest result of this turn in half; False where none is long."""
+        results = [message for message in self.now if message["role"] == "tool"]
+        longest = max(results, key=lambda message: len(message["content"]), default={"content": ""})
+        text = longest["content"]
+        if len(text) > run.SHORTEST:
+            longest["content"] = text[: len(text) // 2 - 1] + "…"
+        return len(text) > run.SHORTEST
 
     def _pass(self, may_call: bool) -> Generator[Event, None, _Said]:
         """Let the server speak once and pass on what it says."""
@@ -248,7 +260,8 @@ class _ChatTurn:
         for index, call in enumerate(calls):
             yield Command(first + index, call.name, call.args, call.raw, len(self.turn.rounds))
         started = time.perf_counter()
-        limit = self.server.max_length // (2 * max(1, min(len(calls), MAX_CALLS)))  # characters; a token or more each
+        share = self.server.max_length // 2 ** (len(self.turn.rounds) + 1)  # characters; a token or more each
+        limit = share // max(1, min(len(calls), MAX_CALLS))
         outcomes = yield from run.work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit)
         self.num_sources += sum(len(outcome.sources) for outcome in outcomes)
         self.tool_seconds += time.perf_counter() - started
@@ -319,11 +332,10 @@ def _read_call(name: str, arguments: str, tools: Mapping[str, Tool]) -> Call:
     except GARBAGE:
         return Call(name, [], raw, f"the arguments of {name} are no JSON object")
     tool = _by_name(tools).get(name)
-    names = list(given) if tool is None else [key for key in tool.parameters if key in given]
-    if tool is not None and (len(names) < len(given) or names != list(tool.parameters)[: len(names)]):
-        return Call(name, [], raw, f"{name} was given {', '.join(given) or 'nothing'}; write {tool.api}")
-    values = (given[key] for key in names)
-    texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+    try:
+        texts = [as_text(value) for value in given.values()] if tool is None else tool.spelled(given)
+    except ToolError as error:
+        return Call(name, [], raw, str(error))
     quoted = ('"' + text.replace('"', '\\"') + '"' for text in texts)
     raw = f"{name}({', '.join(quoted)})"
     read = parse_commands(raw)
@@ -343,19 +355,19 @@ def _valid(arguments: str) -> str:
 def _arguments(call: Call, tools: Mapping[str, Tool]) -> str:
     """The arguments of a command by name, as JSON."""
     tool = _by_name(tools).get(call.name)
-    names = [] if tool is None else list(tool.parameters)[: len(call.args)]
-    names += [f"argument_{number + 1}" for number in range(len(names), len(call.args))]
-    return json.dumps(dict(zip(names, call.args)), ensure_ascii=False)
+    nameless = {f"argument_{number}": text for number, text in enumerate(call.args, 1)}
+    return json.dumps(nameless if tool is None else tool.named(call.args), ensure_ascii=False)
 
 
 def _contents(calls: Sequence[Call], results: str) -> list[str]:
     """What each call of a round gave: the inverse of `format_results`. `No result.` where nothing is written of it."""
-    heads = [" ".join(call.raw.split("\n")) + " =>" for call in calls]
+    heads = ["\n" + " ".join(call.raw.split("\n")) + " =>" for call in calls]
+    results = "\n" + results
     places: list[int] = []
     for head in heads:
         places.append(results.find(head, places[-1] + 1 if places else 0))
         if places[-1] < 0:
-            return [results, *[NO_RESULT] * (len(calls) - 1)]
+            return [results[1:], *[NO_RESULT] * (len(calls) - 1)]
     ends = [*places[1:], len(results)]
     texts = [results[place + len(head) : end] for place, head, end in zip(places, heads, ends)]
-    return [text.removesuffix("\n").lstrip() for text in texts]
+    return [text[1:] if text[:1] in ("\n", " ") else text for text in texts]
