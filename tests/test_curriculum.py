@@ -15,7 +15,7 @@ from moss.data.curriculum import KINDS, TOOL_KINDS, Curriculum, conversation, di
 from moss.data.family import held_out, reserved
 from moss.tools.calls import parse_commands
 
-KEYS = {"calculator": "Calculate", "solver": "Solve"}
+KEYS = {"calculator": "Calculate", "solver": "Solve", "search": "Search"}
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,8 @@ def test_the_mix_is_as_said(sample):
     kinds = Counter(draft.kind for item in sample for draft in item.drafts)
     total = kinds.total()
     assert set(kinds) == set(KINDS)
-    assert 0.45 < (kinds["calculator"] + kinds["solver"]) / total < 0.65
+    assert 0.40 < (kinds["calculator"] + kinds["solver"]) / total < 0.60
+    assert 0.06 < kinds["search"] / total < 0.14 and 0.02 < kinds["search_off"] / total < 0.07
     assert 0.06 < (kinds["calculator_off"] + kinds["solver_off"]) / total < 0.16
     assert 0.45 < sum(item.lang == "zh" for item in sample) / len(sample) < 0.55
     assert {len(item.drafts) for item in sample} == set(range(1, curriculum.MAX_TURNS + 1))

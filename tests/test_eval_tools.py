@@ -310,12 +310,14 @@ def test_conversations_are_asked_turn_by_turn(tmp_path: Path) -> None:
     turns = [
         turn("1+1?", 'Calculate("1+1")', 'Calculate("1+1") => 2'),
         turn("谢谢", "None", "None"),
-        turn("find x", 'Search("x")', "y"),
+        turn("draw x", 'Text2Image("x")', "y"),
+        turn("find x", 'Search("x")', 'Search("x") =>\n<|1|>: "2"'),
     ]
     rows = [to_row(Dialog("m", switches, turns), "moss"), to_row(Dialog("m", {"thoughts": True}, turns), "moss")]
     file = tmp_path / "own.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    first, second = from_file(file)
+    first, second, third = from_file(file)
+    assert (third.set, third.tools, third.answer) == ("own search", ("Search",), None)  # other pages are found today
     assert (first.set, first.tools, first.commands) == ("own calculator", ("Calculate",), ('Calculate("1+1")',))
     assert (second.set, second.lang, second.tools) == ("own none", "zh", ())
     assert first.answer == ("2",) and second.answer is None
@@ -343,7 +345,7 @@ def test_unknown_set_is_named() -> None:
         tool_use.task(EvalTools(sets="calculatr"))
     with pytest.raises(UsageError, match="--n is 0"):
         tool_use.task(EvalTools(n=0))
-    assert len(tool_use.task(EvalTools(sets="hand", langs="en", limit=2)).cases) == 2 * 3 * 2 + 2
+    assert len(tool_use.task(EvalTools(sets="hand", langs="en", limit=2)).cases) == 2 * 3 * 3 + 2
 
 
 def test_whole_command(tmp_path: Path, tok: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:

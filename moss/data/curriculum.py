@@ -25,6 +25,7 @@ from moss.config import option
 from moss.data import pairs, preferences, search_turns, talk, tool_turns
 from moss.data.dialogs import to_moss
 from moss.data.family import Draft, Item, held_out, reserved
+from moss.data.search_turns import uncited
 from moss.data.text import documents
 from moss.errors import UsageError
 from moss.files import replacing
@@ -168,7 +169,7 @@ def text(seed: int) -> Iterator[str]:
             yield next(plain)
         else:
             turns = conversation(random.Random(f"{seed}:text:{i}")).dialog.turns
-            yield "\n".join(line for turn in turns for line in (turn.human, turn.reply)) + "\n"
+            yield "\n".join(line for turn in turns for line in (turn.human, uncited(turn.reply))) + "\n"
 
 
 def to_json(item: Item) -> dict[str, Any]:

@@ -172,6 +172,11 @@ def cite(number: int) -> str:
     return f"<sup><|{number}|></sup>"
 
 
+def uncited(reply: str) -> str:
+    """A reply without its citations."""
+    return re.sub(r"<sup>.*?</sup>", "", reply)
+
+
 def _relation(rng: random.Random, entry: Entry, question: str, fact: Fact, family: str) -> Draft | None:
     """The turn that answers `question`, which asks for `fact`; None where the pages read do not hold it."""
     name = _typed(question, fact.name)

@@ -137,7 +137,8 @@ def _of_dialog(name: str, dialog: Dialog) -> tuple[list[Case], int]:
             continue
         kind = "both" if len(tools) > 1 else next((key for key, api in TOOL_OF.items() if api in tools), "none")
         asked = replace(dialog, turns=[*dialog.turns[:at], Turn(turn.human)])
-        cases.append(Case(f"{name} {kind}", _lang(turn.human), asked, commands, tools, _answer(turn)))
+        answer = None if TOOL_OF["search"] in tools else _answer(turn)  # other pages are found than were then
+        cases.append(Case(f"{name} {kind}", _lang(turn.human), asked, commands, tools, answer))
     return cases, strange
 
 
