@@ -68,6 +68,20 @@ VALUES = {
     "lcm(4,6)": "12",
     "median(4,1,3,2)": "2.5",
     "mean(1,2,6)": "3.0",
+    "max(7)": "7",
+    # as in Python
+    "math.sqrt(16)*math.pi": "12.566370614359172",
+    "max([1,5,3])": "5",
+    "sum([1,2,3])/len": "error",
+    "mean((90,85,80))": "85.0",
+    "sum([1,2],[3])": "error",
+    "prod([1,2,3,4])": "24",
+    "isqrt(17)": "4",
+    "gamma(5)": "24.0",
+    "fmod(7,4)": "3.0",
+    "copysign(3,-1)": "-3.0",
+    "x=[3];x": "3",
+    "1+1。": "2",
     "sum(1,2,3)": "6",
     "hypot(3,4)": "5.0",
     "degrees(pi)": "180.0",
@@ -124,6 +138,12 @@ REASONS = {
     "2.5½": "read in two ways",
     "5₁": "'₁' has no meaning",
     "a.b": "'.' has no meaning",
+    "math.__class__": "'__class__' has no value",
+    "math.inf": "'inf' has no value",
+    "3。5": "'。' has no meaning",
+    "prod([10^2000,10^2000,10^2000])": "too large",
+    "gamma(200)": "too large",
+    "isqrt(2.5)": "whole numbers",
     "1+1\x00": "U+0000",
     "ｅ(1)": "not a number",
 }
@@ -173,10 +193,10 @@ def _made(rng: random.Random, depth: int) -> str:
 
 
 def test_agrees_with_python() -> None:
-    """Prevents: precedence or rounding that differs from Python's (seeded, 3,000 expressions)."""
+    """Prevents: precedence or rounding that differs from Python's (seeded, 10,000 expressions)."""
     rng = random.Random(5)
     equal = 0
-    for _ in range(3000):
+    for _ in range(10_000):
         text = _made(rng, rng.randint(1, 4))
         try:
             expected = str(eval(text, {"__builtins__": {}}))  # our own text, made just above
@@ -190,7 +210,7 @@ def test_agrees_with_python() -> None:
                 continue
         assert got == expected, text
         equal += 1
-    assert equal > 2500
+    assert equal > 8000
 
 
 def test_agrees_with_fractions() -> None:
@@ -203,19 +223,21 @@ def test_agrees_with_fractions() -> None:
 
 
 def test_noise_never_crashes_or_hangs() -> None:
-    """Prevents: any exception but the named one, on bytes and on broken grammar (seeded, 20,000 texts)."""
+    """Prevents: any exception but the named one, on bytes and on broken grammar (seeded, 30,000 texts)."""
     rng = random.Random(7)
     alphabet = "0123456789.+-*/%^!()=,;?xye √½²×，（）[]{}\"'\\_@#<|>\x00é中"
     pieces = ["sin(", "max(", "factorial(", "**", "//", "10", "2.5", "x", "=", ";", "%", "!", "(", ")", ",", "comb("]
-    slowest = 0.0
-    for number in range(20_000):
-        source = alphabet if number % 2 else pieces
+    every_byte = [chr(byte) for byte in range(256)]
+    seconds = []
+    for number in range(30_000):
+        source = (alphabet, pieces, every_byte)[number % 3]
         text = "".join(rng.choice(source) for _ in range(rng.randint(0, 40)))
         started = time.process_time()
         with contextlib.suppress(ExpressionError):
             assert isinstance(evaluate(text), str)
-        slowest = max(slowest, time.process_time() - started)
-    assert slowest < 0.5
+        seconds.append(time.process_time() - started)
+    assert max(seconds) < 0.5
+    assert sorted(seconds)[int(len(seconds) * 0.99)] < 0.01
 
 
 @pytest.mark.parametrize(

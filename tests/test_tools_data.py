@@ -29,7 +29,7 @@ needs_data = pytest.mark.skipif(DATA is None, reason="MOSS_TEST_DATA does not na
 VERDICTS = json.loads((Path(__file__).parent / "verdicts" / "tool_calls.json").read_text(encoding="utf-8"))
 FAILED = {"None", "No result.", "No calculation results."}
 RELATIVE = 1e-12
-MOST_UNANSWERED = 5
+MOST_UNANSWERED = 3
 
 
 @cache
@@ -80,10 +80,10 @@ def number(text: str) -> complex:
 
 
 def solutions(text: str) -> list[dict[str, complex]]:
-    """The solutions in lines `x_0 = 3`, one dictionary each."""
+    """The solutions in lines `x_0 = 3`, or `x_0 ≈ 3.3` where digits are left out, one dictionary each."""
     found: dict[str, dict[str, complex]] = {}
     for line in text.split("\n"):
-        match = re.fullmatch(r"(\w+?)(?:_(\d+))? = (.+)", line)
+        match = re.fullmatch(r"(\w+?)(?:_(\d+))? [=≈] (.+)", line)
         assert match, line
         found.setdefault(match[2] or "0", {})[match[1]] = number(match[3])
     return list(found.values())
@@ -93,7 +93,7 @@ def same(a: str, b: str) -> bool:
     """Equal text, equal number, or the same solutions in any order, to 1e-12 of their size."""
     if a == b:
         return True
-    if " = " not in a or " = " not in b:
+    if not re.search(" [=≈] ", a) or not re.search(" [=≈] ", b):
         return a.isascii() and _close(number(a), number(b))
     left, right = solutions(a), solutions(b)
     return len(left) == len(right) and all(any(_equal(one, other) for other in right) for one in left)
@@ -132,9 +132,10 @@ def test_everything_the_original_answered_is_answered_alike() -> None:
     for row in rows("moss_tool_calls.jsonl"):
         expected = original(row)
         result = ours(row["tool"], row["argument"])
-        if expected is None or key(row) in VERDICTS["original_wrong"]:
+        if expected is None:
             continue
-        if result is None or not same(result, expected):
+        refused = result is None
+        if refused != (key(row) in VERDICTS["original_wrong"]) or not (refused or same(result or "", expected)):
             wrong.append((row["argument"], expected, result))
     assert wrong == []
 
@@ -163,4 +164,4 @@ def test_comparison_tells_different_from_equal() -> None:
     assert not same("x_0 = 2\nx_1 = 3", "x_0 = 2\nx_1 = 2")
     assert not same("x = 2", "y = 2")
     assert not same("x_0 = 3\nx_1 = 4\ny_0 = 3\ny_1 = 4", "x_0 = 3\nx_1 = 4\ny_0 = 4\ny_1 = 3")
-    assert same("x = -1 - sqrt(3)*I", "x = -1.0 - 1.7320508075688772*I")
+    assert same("x = -1 - sqrt(3)*I", "x ≈ -1.0 - 1.7320508075688772*I")

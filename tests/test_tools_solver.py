@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ SOLVED = {
     "x(x+1)=6": "x_0 = -3\nx_1 = 2",
     "3/4x+45=2/3x": "x = -540",
     "0.5x=3": "x = 6.0",
-    "x + 1.2x = 30000": "x = 13636.363636363636",
+    "x + 1.2x = 30000": "x ≈ 13636.363636363636",
     "15%*x=30": "x = 200",
     "24*pi = 2*pi*r": "r = 12",
     "2 pi r = 10 pi": "r = 5",
@@ -56,8 +57,8 @@ SOLVED = {
     "ln(x)=0": "x = 1",
     "log(x,2)=5": "x = 32",
     "x=cbrt(-8)": "x = -2",
-    "2^x=x+3": "x_0 = -2.8625003712202988\nx_1 = 2.4449075546102073",
-    "x^2=2^x": "x_0 = -0.766664695962123\nx_1 = 2\nx_2 = 4",
+    "2^x=x+3": "x_0 ≈ -2.8625003712202988\nx_1 ≈ 2.4449075546102073",
+    "x^2=2^x": "x_0 ≈ -0.766664695962123\nx_1 = 2\nx_2 = 4",
     "cos(x/3)=1/2": "x_0 = pi\nx_1 = 5*pi",
     "sin(pi*x)=1/2": "x_0 = 1/6\nx_1 = 5/6",
     # systems
@@ -91,7 +92,7 @@ SOLVED = {
 NAMED = {
     ("x+y=25", "x"): "x = 25 - y",
     ("l*w=72", "l"): "l = 72/w",
-    ("x*y*z=12;x=y", "z"): "z = 12/y**2",
+    ("x*y*z=12;x=y", "z"): "z = 12/x**2",
     ("x+y=5;x-y=1", "y"): "y = 2",
     ("a^2+b^2=c^2", "c"): "c_0 = -sqrt(a**2 + b**2)\nc_1 = sqrt(a**2 + b**2)",
 }
@@ -124,7 +125,6 @@ REFUSED = {
     "a1+a2+a3+a4+a5+a6+a7+a8+a9=1": "more than 8 unknowns",
     ";".join(f"x={n}" for n in range(9)): "9 equations are too many",
     "speed*time=5": "'speed' is too long for an unknown",
-    "cbrt(x)=-2": "below a cube root",
     "x*sin(x)=0": "more solutions than can be listed",
     "sin(x^2)=0": "more solutions than can be listed",
     "sinx=1": "too long for an unknown",
@@ -134,7 +134,13 @@ REFUSED = {
     "sin=1": "needs its argument",
     "总价=15": "'总价' is not a number",
     "x=5;q": "'q' does not stand in the equations",
-    "integrate(x,x)=1": "unexpected",
+    "integrate(x,x)=1": "'integrate' is too long",
+    "tan(x)=x": "more solutions than can be listed",
+    "sin(x)^2+cos(x)^2=1": "every x fulfils it",
+    "log(x,2)+y=3;x*2^y=8": "do not settle the unknowns x, y",
+    "x^3+a*x+1=0;x": "do not give x in terms of the others",
+    "sin(xy)+x=1;cos(y)+e^(xy)=2": "no way to its solutions",
+    "xy2^2=1": "more than one way",
     '__import__("os").system("id")=1': "no meaning here",
     "x.y=1": "no meaning here",
     "x y 2=1": "unexpected '2'",
@@ -178,7 +184,7 @@ def test_numbers_that_have_no_short_form_are_decimal() -> None:
     """Prevents: nested radicals nobody can read; x^5-x-1 has no radicals at all."""
     lines = solve_inline("x^5-x-1=0").split("\n")
     assert len(lines) == 5
-    root = float(lines[0].removeprefix("x_0 = "))
+    root = float(lines[0].removeprefix("x_0 ≈ "))
     assert abs(root**5 - root - 1) < 1e-12
 
 
@@ -200,8 +206,11 @@ def test_names() -> None:
 
 def test_isolated_solution_is_the_inline_solution() -> None:
     """Prevents: two solvers that differ, and order that depends on the run (test 28 of the security list)."""
-    for text in ("x+y=7;xy=12", "x^5-x-1=0", "sin(x)=1/2", "x*2x*4x=64"):
-        assert solve(text) == solve_inline(text) == solve(text)
+    texts = ("x+y=7;xy=12", "x^5-x-1=0", "sin(x)=1/2", "x*2x*4x=64", "a*x+b*y=c;x-y=d;x,y")
+    first = [solve(text) for text in texts]
+    assert first == [solve_inline(text) for text in texts] == [solve(text) for text in texts]
+    BOX.close()
+    assert first == [solve(text) for text in texts]
 
 
 def test_hidden_state_does_not_pass_between_calls() -> None:
@@ -215,9 +224,15 @@ def test_endless_search_is_ended() -> None:
     BOX.call("x=1", "")
     started = time.monotonic()
     with pytest.raises(ToolError, match="time limit"):
-        solve("sin(sin(x))+cos(x)=1")
+        solve("(x+y+z)^6=1;(x-y)^6=2;(y-z)^6=3")
     assert time.monotonic() - started < 3.5
-    assert solve("x+2=5") == "x = 3"
+    assert min(_seconds(lambda: solve("x+2=5")) for _ in range(5)) < 0.05
+
+
+def _seconds(do: Callable[[], str]) -> float:
+    started = time.monotonic()
+    assert do() == "x = 3"
+    return time.monotonic() - started
 
 
 def test_inline_mode_refuses_to_solve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,8 +263,14 @@ def _is_name(node: ast.AST, names: set[str]) -> bool:
 
 def test_tree_of_an_implicit_product() -> None:
     """Prevents: `3/4x` being read as 3/(4x), which is not what the released data means by it."""
-    (statement,) = parse("3/4x", (), products_of_names=True)
+    (statement,) = parse("3/4x", (), split=split_name)
     assert statement.left == ("bin", "*", ("bin", "/", ("num", "3"), ("num", "4")), ("name", "x"))
+
+
+def test_power_belongs_to_the_last_letter() -> None:
+    """Prevents: `ax^2` being read as the square of a*x."""
+    assert solve_inline("ax^2=8;a=2") == solve_inline("a*x^2=8;a=2") == "a_0 = 2\na_1 = 2\nx_0 = -2\nx_1 = 2"
+    assert solve_inline("(ax)^2=16;a=2") == "a_0 = 2\na_1 = 2\nx_0 = -2\nx_1 = 2"
 
 
 def test_solver_is_strict_by_default() -> None:

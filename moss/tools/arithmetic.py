@@ -12,6 +12,7 @@ This file runs inside the sandbox's process: it imports the standard library and
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -217,6 +218,14 @@ def _sum(*values: Number) -> Number:
     return sum(values)
 
 
+def _product(*values: Number) -> Number:
+    return functools.reduce(_multiply, values)
+
+
+def _whole_root(value: Number) -> int:
+    return math.isqrt(*_whole(value))
+
+
 BINARY: dict[str, Callable[[Number, Number], Number]] = {
     "+": operator.add,
     "-": operator.sub,
@@ -232,6 +241,10 @@ FUNCTIONS: dict[str, tuple[int, int, Callable[..., object]]] = {  # name: fewest
     **{name: (1, 1, getattr(math, name)) for name in ("sqrt", "exp", "sin", "cos", "tan", "asin", "acos")},
     **{name: (1, 1, getattr(math, name)) for name in ("atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh")},
     **{name: (1, 1, getattr(math, name)) for name in ("degrees", "radians", "floor", "ceil", "trunc", "log10", "log2")},
+    **{name: (1, 1, getattr(math, name)) for name in ("exp2", "expm1", "log1p", "erf", "erfc", "gamma", "lgamma")},
+    **{name: (2, 2, getattr(math, name)) for name in ("fmod", "remainder", "copysign")},
+    "fabs": (1, 1, math.fabs),
+    "isqrt": (1, 1, _whole_root),
     **{f"arc{name}": (1, 1, getattr(math, f"a{name}")) for name in ("sin", "cos", "tan")},
     **dict.fromkeys(("cbrt", "cuberoot"), (1, 1, _cube_root)),
     "atan2": (2, 2, math.atan2),
@@ -248,9 +261,10 @@ FUNCTIONS: dict[str, tuple[int, int, Callable[..., object]]] = {  # name: fewest
     **dict.fromkeys(("perm", "P", "npr"), (2, 2, _permutations)),
     "gcd": (1, _MANY, _divisor),
     "lcm": (1, _MANY, _multiple),
-    "max": (1, _MANY, max),
-    "min": (1, _MANY, min),
-    "sum": (1, _MANY, _sum),
+    "max": (1, _MANY, lambda *values: max(values)),
+    "min": (1, _MANY, lambda *values: min(values)),
+    **dict.fromkeys(("sum", "fsum"), (1, _MANY, _sum)),
+    **dict.fromkeys(("prod", "product"), (1, _MANY, _product)),
     **dict.fromkeys(("mean", "average", "avg"), (1, _MANY, _mean)),
     "median": (1, _MANY, _median),
 }

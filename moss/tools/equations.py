@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import mpmath
 import sympy
 
-from moss.tools.expression import ExpressionError, Node, Statement, parse
+from moss.tools.expression import ExpressionError, Node, parse
+from moss.tools.isolate import DIGITS, Cbrt
 
 MAX_EQUATIONS = 8
 MAX_UNKNOWNS = 8
@@ -28,14 +29,13 @@ MAX_EXPONENT = 64
 MAX_TERMS = 2000  # foretold, of either side of a fraction, multiplied out
 MAX_DIGITS = 60  # of a number in the text
 MAX_BITS = 14_000  # of a number computed from the text
-DIGITS = 50  # that numbers are checked with
 TOLERANCE = mpmath.mpf(10) ** -25  # between the sides of an equation, relative to the larger
 
 FUNCTIONS: dict[str, tuple[Any, Any]] = {  # name: SymPy's, mpmath's
     **{name: (getattr(sympy, name), getattr(mpmath, name)) for name in ("sin", "cos", "tan", "asin", "acos", "atan")},
     **{f"arc{name}": (getattr(sympy, f"a{name}"), getattr(mpmath, f"a{name}")) for name in ("sin", "cos", "tan")},
     **{name: (getattr(sympy, name), getattr(mpmath, name)) for name in ("sinh", "cosh", "tanh", "exp", "sqrt")},
-    "cbrt": (lambda x: sympy.real_root(x, 3), lambda x: mpmath.sign(x) * mpmath.cbrt(abs(x))),
+    "cbrt": (Cbrt, lambda x: mpmath.sign(x) * mpmath.cbrt(abs(x))),
     "abs": (sympy.Abs, mpmath.fabs),
     "ln": (sympy.log, mpmath.log),
     "log": (sympy.log, mpmath.log),
@@ -92,13 +92,13 @@ class Equation:
     right: Node
     difference: sympy.Expr
 
-    def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it is true for these mpmath numbers, by name."""
+    def holds(self, values: Mapping[str, Any], tolerance: Any = TOLERANCE) -> bool:
+        """Whether it is true for these mpmath numbers, by name; `tolerance` is relative to the larger side."""
         try:
             with mpmath.workdps(DIGITS):
                 left, right = _number(self.left, values), _number(self.right, values)
                 error, size = abs(left - right), max(1, abs(left), abs(right))
-                return bool(mpmath.isfinite(error) and error <= TOLERANCE * size)
+                return bool(mpmath.isfinite(error) and error <= tolerance * size)
         except (ZeroDivisionError, OverflowError, ValueError):
             return False
 
@@ -115,18 +115,15 @@ class System:
 
 def read_system(text: str, unknown: str = "") -> System:
     """The equations of `text`, kept apart by `;` or commas; a lone name among them, or `unknown`, is wanted."""
-    statements = parse(text, (*FUNCTIONS, "pow"), products_of_names=True, commas_separate=True)
-    builder = _Builder(real=_mentions(statements, "abs"))
+    statements = parse(text, (*FUNCTIONS, "pow"), split=split_name, commas_separate=True)
+    builder = _Builder()
     system = System(symbols=builder.symbols)
-    others = 0
     for statement in statements:
         if statement.relation not in ("", "=", "=="):
             raise ExpressionError(f"{statement.relation!r}: inequalities are not solved here, only equations")
         if statement.relation == "" or (statement.right is None and statement.asked):
             if statement.left[0] == "name":
                 system.wanted.append(_one_name(statement.left[1]))
-            else:
-                others += 1
         elif statement.right is None:
             raise ExpressionError("nothing stands after the equals sign")
         else:
@@ -135,23 +132,13 @@ def read_system(text: str, unknown: str = "") -> System:
         raise ExpressionError("there is no equation, such as x+2=5; expressions are for Calculate")
     if len(system.equations) > MAX_EQUATIONS:
         raise ExpressionError(f"{len(system.equations)} equations are too many; at most {MAX_EQUATIONS}")
-    system.wanted += [_one_name(name) for name in re.split(r"[,;\s]+", unknown.strip()) if name]
+    system.wanted += [_one_name(name) for name in re.split(r"[,;，；、\s]+", unknown.strip()) if name]
     system.wanted = list(dict.fromkeys(system.wanted))
     for name in system.wanted:
         if name not in system.symbols:
             raise ExpressionError(f"the unknown {name!r} does not stand in the equations")
     system.decimal = builder.decimal
     return system
-
-
-def _mentions(statements: list[Statement], function: str) -> bool:
-    def inside(node: Any) -> bool:
-        if isinstance(node, (tuple, list)):
-            is_call = len(node) == 3 and node[0] == "call" and node[1].lower() == function
-            return is_call or any(inside(part) for part in node)
-        return False
-
-    return any(inside(statement.left) or inside(statement.right) for statement in statements)
 
 
 def _one_name(word: str) -> str:
@@ -182,9 +169,8 @@ def split_name(word: str) -> list[str]:
 class _Builder:
     """Trees to SymPy expressions, with their sizes; gathers the unknowns on the way."""
 
-    def __init__(self, *, real: bool):
+    def __init__(self) -> None:
         self.symbols: dict[str, sympy.Symbol] = {}
-        self.assumptions = {"real": True} if real else {}
         self.decimal = False
 
     def equation(self, left: Node, right: Node) -> Equation:
@@ -198,7 +184,7 @@ class _Builder:
         if kind == "num":
             return self._literal(node[1]), _CONSTANT
         if kind == "name":
-            return self._product_of(split_name(node[1]))
+            return self._name(node[1])
         if kind == "neg":
             inner, size = self.build(node[1])
             return sympy.Mul(sympy.Integer(-1), inner), size
@@ -216,18 +202,14 @@ class _Builder:
         self.decimal = self.decimal or not text.isdigit()
         return sympy.Rational(value.numerator, value.denominator)
 
-    def _product_of(self, names: list[str]) -> tuple[Any, _Size]:
-        result, size = sympy.Integer(1), _CONSTANT
-        for name in names:
-            if name in _CONSTANTS:
-                result = sympy.Mul(result, _CONSTANTS[name][0])
-                continue
-            if name not in self.symbols:
-                self.symbols[name] = sympy.Symbol(name, **self.assumptions)
-                if len(self.symbols) > MAX_UNKNOWNS:
-                    raise ExpressionError(f"more than {MAX_UNKNOWNS} unknowns")
-            result, size = sympy.Mul(result, self.symbols[name]), size.times(_ATOM)
-        return result, size
+    def _name(self, name: str) -> tuple[Any, _Size]:
+        if name in _CONSTANTS:
+            return _CONSTANTS[name][0], _CONSTANT
+        if name not in self.symbols:
+            self.symbols[name] = sympy.Symbol(name)
+            if len(self.symbols) > MAX_UNKNOWNS:
+                raise ExpressionError(f"more than {MAX_UNKNOWNS} unknowns")
+        return self.symbols[name], _ATOM
 
     def _call(self, name: str, arguments: list[Node]) -> tuple[Any, _Size]:
         if name == "pow" and len(arguments) == 2:
@@ -240,8 +222,6 @@ class _Builder:
         inner, size = self.build(arguments[0])
         if name == "sqrt":
             return sympy.sqrt(inner), size if inner.free_symbols else _CONSTANT
-        if name == "cbrt" and inner.free_symbols:  # SymPy's root of what may be below 0 is not the real one
-            raise ExpressionError("an unknown below a cube root is not solved here; write the equation cubed")
         return self._atom(FUNCTIONS[name][0](inner))
 
     def _atom(self, expression: Any) -> tuple[Any, _Size]:
@@ -286,7 +266,9 @@ def _bounded(expression: Any) -> Any:
 def _power(base: Any, size: _Size, exponent: Any) -> tuple[Any, _Size]:
     """`base` to the `exponent`, when the result can be foretold to be small."""
     if exponent.free_symbols:
-        if base.free_symbols or not base.is_positive:
+        if base.free_symbols & exponent.free_symbols:
+            raise ExpressionError("an unknown in the exponent must not stand below it too")
+        if not base.free_symbols and not base.is_positive:
             raise ExpressionError("an unknown in the exponent needs a positive number below it")
         return sympy.Pow(base, exponent), _ATOM
     if not exponent.is_Rational:
@@ -300,6 +282,8 @@ def _power(base: Any, size: _Size, exponent: Any) -> tuple[Any, _Size]:
         if bits * abs(exponent) > MAX_BITS or exponent.q > MAX_EXPONENT:
             raise ExpressionError(f"a power in it is too large; at most {MAX_BITS} bits")
         return sympy.Pow(base, exponent), _CONSTANT
+    if base == sympy.E and abs(exponent) <= MAX_BITS:
+        return sympy.exp(exponent), _CONSTANT
     if abs(exponent) > MAX_EXPONENT or exponent.q > MAX_EXPONENT:
         raise ExpressionError(f"an exponent is too large; at most {MAX_EXPONENT}")
     whole = math.ceil(abs(exponent))
@@ -316,8 +300,7 @@ def _number(node: Node, values: Mapping[str, Any]) -> Any:
         exact = literal(node[1])
         return mpmath.mpf(exact.numerator) / exact.denominator
     if kind == "name":
-        factors = (_CONSTANTS[name][1] if name in _CONSTANTS else values[name] for name in split_name(node[1]))
-        return mpmath.fprod(factors)
+        return _CONSTANTS[node[1]][1] if node[1] in _CONSTANTS else values[node[1]]
     if kind == "neg":
         return -_number(node[1], values)
     if kind == "post":

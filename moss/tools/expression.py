@@ -7,15 +7,15 @@ interpreter. A tree is nested tuples:
 
 `+ - * / // % ^` bind as in Python (`**` is `^`, and `^` binds tighter than a sign), `!` and the percent sign follow
 their number, and a product may leave out its sign: `2x`, `3sqrt(4)`, `(1+2)(3+4)`. That product binds like a written
-one, from the left, so `3/4x` is `(3/4)*x`. Signs beyond ASCII come in through the tables below and nowhere else:
-compatibility folding (NFKC) would read `2³` as 23 and let look-alike letters in. Whatever has two readings is
-refused with its reason.
+one, from the left, so `3/4x` is `(3/4)*x`; a function may be written as in Python, `math.sqrt(2)`, `max([1,2])`. Signs
+beyond ASCII come in through the tables below and nowhere else: compatibility folding (NFKC) would read `2³` as 23 and
+let look-alike letters in. Whatever has two readings is refused with its reason.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, NoReturn
 
 MAX_LENGTH = 1024  # characters
@@ -25,6 +25,7 @@ MAX_STATEMENTS = 32
 MAX_ARGUMENTS = 64
 
 Node = tuple[Any, ...]
+Split = Callable[[str], list[str]]
 
 
 class ExpressionError(ValueError):
@@ -66,7 +67,7 @@ _TOKEN = re.compile(
     r" *(?:"
     r"(?P<group>[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])(?:\.[0-9]+)?)"
     r"|(?P<num>0[xX][0-9a-fA-F]+|0[oO][0-7]+|0[bB][01]+|(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
-    r"|(?P<name>[A-Za-z_][A-Za-z_0-9]*)"
+    r"|(?:math\.)?(?P<name>[A-Za-z_][A-Za-z_0-9]*)"
     r"|(?P<op>\*\*|//|<=|>=|<>|==|[-+*/%^!()=,;?<>√∛])"
     r") *"
 )
@@ -78,23 +79,25 @@ _END = ("end", "")
 
 
 def parse(
-    text: str, functions: Collection[str], *, products_of_names: bool = False, commas_separate: bool = False
+    text: str, functions: Collection[str], *, split: Split | None = None, commas_separate: bool = False
 ) -> list[Statement]:
     """The statements of `text`, which `;` (and, with `commas_separate`, a comma outside a call) keeps apart.
 
-    `functions` are the names that an opening parenthesis turns into a call. With `products_of_names`, any other name
-    before a parenthesis or another name is a factor, as in `x(x+1)`; without it that is an error.
+    `functions` are the names that an opening parenthesis turns into a call. With `split`, which tells the factors that
+    any other name stands for, a name before a parenthesis or another name is a factor, as in `x(x+1)`; without it that
+    is an error.
     """
     if len(text) > MAX_LENGTH:
         raise ExpressionError(f"{len(text)} characters are too many; at most {MAX_LENGTH}")
     if not text.isascii() or "[" in text or "\n" in text or "\t" in text:
         text = _to_ascii(text)
-    return _Parser(_tokens(text), functions, products_of_names, commas_separate).statements()
+    return _Parser(_tokens(text), functions, split, commas_separate).statements()
 
 
 def _to_ascii(text: str) -> str:
     if _CONTINUED.search(text):
         raise ExpressionError("a line that begins with a sign can be read in two ways; write it on one line")
+    text = text.rstrip().removesuffix("。")
     text = _POWER_RUN.sub(lambda run: f"^({run.group().translate(_POWERS)})", text)
     text = _INDEX.sub(lambda run: run.group().translate(_INDICES), text)
     return _FRACTION.sub(_fraction, text.translate(_SIGNS))
@@ -160,13 +163,13 @@ class _Parser:
     """One pass over the tokens by precedence climbing (Pratt 1973)."""
 
     def __init__(
-        self, tokens: list[tuple[str, str]], functions: Collection[str], products_of_names: bool, commas_separate: bool
+        self, tokens: list[tuple[str, str]], functions: Collection[str], split: Split | None, commas_separate: bool
     ):
         self.tokens = [*tokens, _END]
         self.position = 0
         self.depth = 0
         self.functions = functions
-        self.products_of_names = products_of_names
+        self.split = split
         self.separators = (";", ",") if commas_separate else (";",)
 
     def statements(self) -> list[Statement]:
@@ -208,7 +211,8 @@ class _Parser:
         while True:
             kind, value = tokens[self.position]
             if kind == "op":
-                if value == "!" or (value == "%" and not self._starts_operand(tokens[self.position + 1])):
+                percent = value == "%" and (self.split or not self._starts_operand(tokens[self.position + 1]))
+                if value == "!" or percent:
                     self.position += 1
                     left = ("post", value, left)
                     continue
@@ -232,7 +236,7 @@ class _Parser:
         if kind == "name":
             if self.tokens[self.position][1] == "(" and self._is_call(value):
                 return ("call", value, self._arguments())
-            return ("name", value)
+            return self._product_of(self.split(value) if self.split else [value])
         if value == "(":
             inner = self._nested(0)
             self._close()
@@ -246,6 +250,16 @@ class _Parser:
         self.position -= 1
         raise self._unexpected()
 
+    def _product_of(self, names: list[str]) -> Node:
+        """The names multiplied; a power behind them belongs to the last one, as in `ax^2`."""
+        product: Node = ("name", names[-1])
+        if len(names) > 1 and self.tokens[self.position][1] == "^":
+            self.position += 1
+            product = ("bin", "^", product, self._nested(_BINDING["^"] - 1))
+        for name in reversed(names[:-1]):
+            product = ("bin", "*", ("name", name), product)
+        return product
+
     def _nested(self, binding: int) -> Node:
         self.depth += 1
         if self.depth > MAX_DEPTH:
@@ -255,10 +269,14 @@ class _Parser:
         return inner
 
     def _is_call(self, name: str) -> bool:
-        return name in self.functions or name.lower() in self.functions or not self.products_of_names
+        return name in self.functions or name.lower() in self.functions or self.split is None
 
     def _arguments(self) -> list[Node]:
         self.position += 1  # the opening parenthesis
+        if self._is_list():
+            arguments = self._arguments()
+            self._close()
+            return arguments
         arguments: list[Node] = []
         while self.tokens[self.position][1] != ")" or arguments:
             arguments.append(self._nested(0))
@@ -269,6 +287,17 @@ class _Parser:
             self.position += 1
         self._close()
         return arguments
+
+    def _is_list(self) -> bool:
+        """Whether all arguments stand in one more pair of parentheses, as in `max([1,2])`."""
+        depth, commas = 0, 0
+        for index in range(self.position, len(self.tokens)):
+            value = self.tokens[index][1]
+            depth += (value == "(") - (value == ")")
+            commas += depth == 1 and value == ","
+            if depth == 0:
+                return value == ")" and commas > 0 and self.tokens[index + 1][1] == ")"
+        return False
 
     def _close(self) -> None:
         if self.tokens[self.position][1] != ")":
@@ -285,10 +314,10 @@ class _Parser:
         if not self._starts_operand(after):
             return False
         if before[0] == "name":
-            return self.products_of_names and after[0] != "num"
+            return self.split is not None and after[0] != "num"
         if after[0] == "num":
             return before[1] == ")"
-        return before[0] == "num" or before[1] in (")", "!")
+        return before[0] == "num" or before[1] in (")", "!", "%")
 
     def _unexpected(self) -> ExpressionError:
         kind, value = self.tokens[self.position]

@@ -2,7 +2,7 @@
 
 `equations.py` reads and bounds the text, `algebra.py` solves; both run inside `sandbox.py`, and SymPy is loaded there
 and nowhere else. `solve_inline` runs the same code in this process: for equations of our own making only, since
-nothing there ends a search that takes for ever.
+nothing there ends an elimination that takes for ever.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ BOX = sandbox.Sandbox("moss.tools.algebra:solve_text", packages=("sympy", "mpmat
 @tool(key="solver", switch="Equation solver", api="Solve", prepare=BOX.start)
 def solve(equation: str, unknown: str = "") -> str:
     """Solve an equation or a system of equations.
+
+    Exact where that is short, else `x ≈ 1.23`. Of equations with sin, cos or tan of the unknown, the solutions in the
+    first period from 0 on; with other functions of it, the real ones; of polynomials, the complex ones too.
 
     Args:
         equation: equations kept apart by semicolons, for example x+y=35;2x+4y=94
