@@ -41,7 +41,7 @@ from moss.tools.base import Tool, prepare, standard_tools
 from moss.tools.calls import parse_commands
 from moss.tools.chat_server import ChatServer, answer, connect
 
-Wanted = str | Iterable[str | Tool]  # `all`, `none`, `calculator,solver`, or keys and tools of one's own
+Wanted = str | Tool | Iterable[str | Tool]  # `all`, `none`, `calculator,solver`, or keys and tools of one's own
 
 
 def load(
@@ -107,13 +107,19 @@ def switched(wanted: Wanted, known: Mapping[str, Tool] | None = None) -> tuple[d
         wanted = [key for key, tool in tools.items() if not tool.lacks] if wanted == "all" else []
     elif isinstance(wanted, str):
         wanted = map(str.strip, wanted.split(","))
-    keys = set()
+    elif isinstance(wanted, Tool):
+        wanted = [wanted]
+    chosen: list[Tool] = []
     for each in list(wanted):
         if isinstance(each, Tool):
-            tools[each.key] = each
+            tools = {key: tool for key, tool in tools.items() if tool.name != each.name} | {each.key: each}
         key = each.key if isinstance(each, Tool) else each
         check_tool(key, tools)
-        keys.add(key)
+        chosen.append(tools[key])
+    for tool in chosen:
+        if tools.get(tool.key) is not tool:
+            raise UsageError(f"another of these tools is {tool.key} or {tool.name}, too; each needs a name of its own")
+    keys = {tool.key for tool in chosen}
     return tools, {"thoughts": True, **{key: key in keys for key in SWITCHES | tools}}
 
 
@@ -314,7 +320,7 @@ class Chat:
     @tools.setter
     def tools(self, wanted: Wanted) -> None:
         self.known, switches = switched(wanted, self.known)
-        self.dialog.switches.update({key: on for key, on in switches.items() if key != "thoughts"})
+        self.dialog.switches = switches | {"thoughts": self.dialog.switches.get("thoughts", True)}
 
     def prepare(self) -> None:
         """Begin to start what the tools that are on need, so that the first call does not wait for it."""

@@ -265,7 +265,8 @@ def _tools(chat: session.Chat, console: Console, words: list[str]) -> None:
         state = "[green]on[/]" if chat.tools.get(key) else "off"
         tool = chat.known.get(key)
         lacks = "not part of this version" if tool is None else tool.lacks
-        table.add_row(key, state, Text(plain(lacks), style="dim") if lacks or tool is None else plain(tool.api))
+        about = Text(plain(lacks), style="dim") if lacks or tool is None else Text(plain(tool.api))
+        table.add_row(Text(plain(key)), state, about)
     console.print(table)
 
 

@@ -30,7 +30,8 @@ def load_tools(file: str | Path | None = None, mcp: str | None = None) -> dict[s
     if mcp is not None:
         from moss.tools.mcp import connect  # the extra is needed only here
 
-        tools = merged(tools, connect(mcp, taken={tool.name for tool in tools.values()}), mcp)
+        taken = {name for tool in tools.values() for name in (tool.key, tool.name, tool.switch)}
+        tools = merged(tools, connect(mcp, taken), mcp)
     return tools
 
 
@@ -38,21 +39,21 @@ def merged(tools: dict[str, Tool], more: Iterable[Tool], place: str) -> dict[str
     """Both together; a tool of one's own may stand in for a standard one, not for another of one's own."""
     standard = standard_tools()
     for each in more:
-        double = next((tool for tool in tools.values() if each.key == tool.key or each.name == tool.name), None)
-        if double is not None and standard.get(double.key) is not double:
-            raise UsageError(
-                f"{place}: there is a tool {double.key} ({double.name}) already; give this one another name"
-            )
-        if double is None and each.key in SWITCHES and each.name != SWITCHES[each.key].api.split("(")[0]:
+        doubles = [tool for tool in tools.values() if each.key == tool.key or each.name == tool.name]
+        for double in doubles:
+            if standard.get(double.key) is not double:
+                reason = f"there is a tool {double.key} ({double.name}) already; give this one another name"
+                raise UsageError(f"{place}: {reason}")
+        if not doubles and each.key in SWITCHES and each.name != SWITCHES[each.key].api.split("(")[0]:
             raise UsageError(f"{place}: the key {each.key} belongs to {SWITCHES[each.key].api}; choose another")
-        tools = {key: tool for key, tool in tools.items() if tool is not double} | {each.key: each}
+        tools = {key: tool for key, tool in tools.items() if tool not in doubles} | {each.key: each}
     return tools
 
 
 def from_file(path: Path) -> list[Tool]:
     """The tools that a Python file makes."""
     if not path.is_file():
-        raise UsageError(f"{path} does not exist; name a Python file with tools")
+        raise UsageError(f"{path} is no file; name a Python file with tools")
     spec = importlib.util.spec_from_file_location(f"moss_tools_from_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no Python file; its name must end in .py")
@@ -60,12 +61,12 @@ def from_file(path: Path) -> list[Tool]:
     sys.modules[spec.name] = module  # where dataclasses and pickles look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)] or [getattr(error, "lineno", "?")]
-        place = f"{path}, line {lines[-1]}"
-        raise ValueError(f"{place}: {type(error).__name__}: {error}") from None
-    found = [value for value in vars(module).values() if isinstance(value, Tool)]
+        lines = [frame.lineno for frame in frames if frame.filename == spec.origin] or [getattr(error, "lineno", None)]
+        place = f"{path}, line {lines[-1]}" if lines[-1] else str(path)
+        raise ValueError(f"{place}: {type(error).__name__}: {getattr(error, 'msg', error)}") from None
+    found = {id(value): value for value in vars(module).values() if isinstance(value, Tool)}
     if not found:
         raise UsageError(f"{path} holds no tool; put @moss.tool over a function with a docstring")
-    return found
+    return list(found.values())
