@@ -40,10 +40,10 @@ def main(config: MakeIndex) -> int:
     if not config.remove and not config.source.exists():
         raise UsageError(f"{config.source} does not exist; name a folder or a file of pages")
     folder = search.index_folder() if config.to is None else config.to.expanduser()
+    source = config.source.resolve()  # pages are known by where they are, from wherever that is named
     started = time.perf_counter()
     into = index.Index.open(folder, make=not config.remove)
-    pages = [] if config.remove else counted(entries.read_source(config.source))
-    done = into.update(str(config.source.resolve()), pages)
+    done = into.update(str(source), [] if config.remove else counted(entries.read_source(source)))
     seconds = time.perf_counter() - started
     if config.json:
         print(

@@ -6,6 +6,8 @@
   not shown. A file without such a heading is one page, as every `.txt` is, named after the file.
 * `.html`: a page, its main text as of a page from the web.
 * `.jsonl`: a page a line: `text`, and perhaps `title`, `url` and `keywords`.
+
+Of a folder, files and folders whose name begins with a dot are left out.
 """
 
 from __future__ import annotations
@@ -23,13 +25,21 @@ from moss.tools.index import Entry
 SUFFIXES = (".md", ".txt", ".html", ".htm", ".jsonl")
 MAX_FILE = 64 << 20  # bytes of a file that is read as one page, or several
 
-_HEADING = re.compile(r"^# +(.+?) *#* *$", re.MULTILINE)
+WRAPPED = 40  # columns of a line that may go on in the next; shorter ones (verses, a list) stand for themselves
+
+_FRONT = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)  # settings at the head of a Markdown file
+_HEADING = re.compile(r"# +(.+?) *#* *")
+_FENCE = re.compile(r" {0,3}(```+|~~~+)")
+_OWN_LINE = re.compile(r"[-*+] |[|#>]|1[.)] ")  # a list, a table, a heading, a quotation
+_ITEM = re.compile(r"\d{1,3}[.)] ")
+_WIDE = re.compile("[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60]")
 
 
 def read_source(path: Path) -> Iterator[Entry]:
     """The pages of a file or of all files below a folder; ValueError names the file, and the line, that is no page."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
         if not files:
             raise ValueError(f"{path} holds no file that ends in {', '.join(SUFFIXES)}")
     elif path.suffix.lower() not in SUFFIXES and path.exists():
@@ -41,20 +51,38 @@ def read_source(path: Path) -> Iterator[Entry]:
 
 
 def markdown_pages(text: str, url: str, title: str) -> Iterator[Entry]:
-    """The pages of a Markdown text; `title` is for one that has no heading."""
-    pieces = _HEADING.split(text)
-    if pieces[0].strip():
-        yield Entry(title, pieces[0].strip(), url)
-    for heading, rest in zip(pieces[1::2], pieces[2::2]):
-        first, _, body = rest.strip().partition("\n")
-        keywords, body = (first[1:].strip(), body) if first.startswith("@ ") else ("", rest)
-        if body.strip():
-            yield Entry(
-                heading,
-                " ".join(body.split("\n")).strip() if not body.count("\n\n") > 1 else body.strip(),
-                f"{url}#{heading}",
-                keywords,
-            )
+    """The pages of a Markdown text; `title` is for what stands before the first heading."""
+    pages: list[tuple[str, list[str]]] = [("", [])]
+    fence = ""
+    for line in _FRONT.sub("", text).split("\n"):
+        if mark := _FENCE.match(line):
+            fence = "" if fence and line.strip().startswith(fence) else fence or mark.group(1)
+        heading = None if fence else _HEADING.fullmatch(line)
+        if heading:
+            pages.append((heading.group(1), []))
+        else:
+            pages[-1][1].append(line)
+    for heading, lines in pages:
+        first = next((at for at, line in enumerate(lines) if line.strip()), 0)
+        keywords = lines.pop(first)[1:].strip() if heading and lines and lines[first].startswith("@ ") else ""
+        if body := paragraphs("\n".join(lines)):
+            yield Entry(heading or title, body, f"{url}#{heading}" if heading else url, keywords)
+
+
+def paragraphs(text: str) -> str:
+    """A text with a paragraph on each line, however its lines were wrapped."""
+    found: list[list[str]] = []
+    goes_on = False
+    for line in text.split("\n"):
+        line = line.strip()
+        own = _OWN_LINE.match(line) or (found and _ITEM.match(line) and _ITEM.match(found[-1][0]))
+        if goes_on and line and not own:
+            glue = "" if _WIDE.match(line[0]) and _WIDE.match(found[-1][-1][-1]) else " "
+            found[-1] += [glue, line]
+        elif line:
+            found.append([line])
+        goes_on = len(line) + len(_WIDE.findall(line)) >= WRAPPED and not line.startswith(("#", "|"))
+    return "\n".join("".join(pieces) for pieces in found)
 
 
 def _pages(file: Path) -> Iterator[Entry]:
@@ -74,10 +102,11 @@ def _pages(file: Path) -> Iterator[Entry]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if suffix == ".md":
         yield from markdown_pages(text, url, file.stem)
-    elif text.strip():
-        yield Entry(file.stem, text.strip(), url)
+    elif body := paragraphs(text):
+        yield Entry(file.stem, body, url)
 
 
 def _rows(file: Path) -> Iterator[Entry]:
@@ -100,6 +129,6 @@ def _entry(row: Any, place: str) -> Entry:
             values[name] = value = " ".join(map(str, value))
         if not isinstance(value, str):
             raise ValueError(f"{name} is no text")
-    return Entry(
-        values["title"] or row["text"].strip()[:60], row["text"].strip(), values["url"] or place, values["keywords"]
-    )
+    text = row["text"].strip()
+    title = values["title"] or " ".join(text[:60].split())
+    return Entry(title, text, values["url"] or place, values["keywords"])

@@ -13,9 +13,10 @@ page is known by its content. One process writes at a time; any number may read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ import tantivy
 from moss.tools.textrank import is_chinese
 from moss.tools.words import terms
 
+KEPT = ("url", "text", "twin", "chinese")  # of a page, beside its title
 FIELDS = {"title_terms": 1.0, "keyword_terms": 1.2, "text_terms": 1.0}  # what is searched, and what a word there counts
 OTHER_LANGUAGE = 0.95  # what a page counts that is in another language than the question
 CANDIDATES = 10  # pages looked at for each that is wanted
@@ -36,17 +38,17 @@ MAX_TERMS = 64  # of a question
 
 @dataclass(frozen=True)
 class Entry:
-    """A page to be found."""
+    """A page to be found. The first of its `keywords`, up to a semicolon, may be the title of a page about the same
+    thing in the other language, which is then shown in its place to who asks in that."""
 
     title: str
     text: str
     url: str
     keywords: str = ""
 
-    @property
-    def digest(self) -> str:
-        """What tells this page from every other, and from itself before a change."""
-        whole = "\0".join((self.url, self.title, self.text, self.keywords))
+    def digest(self, source: str) -> str:
+        """What tells this page of a source from every other, and from itself before a change."""
+        whole = "\0".join((source, self.url, self.title, self.text, self.keywords))
         return hashlib.sha256(whole.encode("utf-8", "replace")).hexdigest()[:32]
 
 
@@ -70,22 +72,20 @@ class Updated(NamedTuple):
 class Index:
     """Pages in a folder, or in memory."""
 
-    def __init__(self, index: tantivy.Index) -> None:
-        self._index = index
+    def __init__(self, index: tantivy.Index, name: str = "the index in memory") -> None:
+        self._index, self._name = index, name
 
     @classmethod
     def open(cls, folder: Path, *, make: bool = False) -> Index:
-        """The index in a folder; ValueError where there is none and none shall be made, or it is none of ours."""
-        if not tantivy.Index.exists(str(folder)) if folder.is_dir() else True:
+        """The index in a folder; ValueError where there is none and none shall be made, or it cannot be read."""
+        if not (folder.is_dir() and tantivy.Index.exists(str(folder))):
             if not make:
                 raise ValueError(f"{folder} holds no index; make one with: moss data index PATH --to {folder}")
-            if folder.is_dir() and any(folder.iterdir()):
+            if (folder.exists() and not folder.is_dir()) or any(folder.glob("[!.]*")):
                 raise ValueError(f"{folder} is not empty and holds no index; name another folder")
             folder.mkdir(parents=True, exist_ok=True)
-        try:
-            return cls(tantivy.Index(_schema(), path=str(folder)))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{folder} cannot be opened as an index: {error}") from None
+        with _intact(str(folder)):
+            return cls(tantivy.Index(_schema(), path=str(folder)), str(folder))
 
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Index:
@@ -104,16 +104,19 @@ class Index:
 
         BlockingIOError while another process writes. Whatever stops it, nothing is lost that was there before.
         """
-        known = self._known(source)
+        with _intact(self._name):
+            try:
+                writer = self._index.writer(heap_size=MEMORY, num_threads=1)
+            except ValueError as error:
+                if "LockBusy" not in str(error):
+                    raise
+                raise BlockingIOError(f"another process writes to {self._name}; wait for its end") from None
+            known = self._known(source)
         seen: set[str] = set()
         added = 0
         try:
-            writer = self._index.writer(heap_size=MEMORY, num_threads=1)
-        except ValueError as error:
-            raise BlockingIOError(f"another process writes to this index ({error}); wait for its end") from None
-        try:
             for entry in entries:
-                digest = entry.digest
+                digest = entry.digest(source)
                 if digest not in known and digest not in seen:
                     writer.add_document(_document(entry, digest, source))
                     added += 1
@@ -144,23 +147,27 @@ class Index:
         ]
         for name in set(re.findall("[\u3400-\u9fff]", question[:MAX_TERMS])):  # a title of one character is in no pair
             wanted.append((tantivy.Occur.Should, tantivy.Query.term_query(self._index.schema, "title", name)))
-        best: dict[str, Found] = {}
-        for score, address in self._searcher.search(tantivy.Query.boolean_query(wanted), limit * CANDIDATES).hits:
-            page = self._readable(self._searcher.doc(address), is_chinese(question))
-            title, url, text = (str(page.get_first(name)) for name in ("title", "url", "text"))
-            if is_chinese(text) != is_chinese(question):
-                score *= OTHER_LANGUAGE
-            if title not in best or best[title].score < score:
-                best[title] = Found(title, url, text, score)
+        chinese = is_chinese(question)
+        best: dict[tuple[str, str], Found] = {}
+        with _intact(self._name):
+            query = tantivy.Query.boolean_query(wanted)
+            for score, address in self._searcher.search(query, limit * CANDIDATES, count=False).hits:
+                page = self._readable(self._searcher.doc(address), chinese)
+                title, url, text = (_stored(page, name) for name in ("title", "url", "text"))
+                if bool(_stored(page, "chinese")) != chinese:
+                    score *= OTHER_LANGUAGE
+                if (title, url) not in best or best[title, url].score < score:
+                    best[title, url] = Found(title, url, text, score)
         return sorted(best.values(), key=lambda each: -each.score)[:limit]
 
     def _readable(self, page: tantivy.Document, chinese: bool) -> tantivy.Document:
         """The page, or the one about the same thing in the language that was asked in."""
-        if is_chinese(str(page.get_first("text"))) == chinese or not page.get_first("twin"):
+        twin = _stored(page, "twin")
+        if bool(_stored(page, "chinese")) == chinese or not twin:
             return page
-        query = tantivy.Query.term_query(self._index.schema, "title", page.get_first("twin"))
-        twins = self._searcher.search(query, 1).hits
-        return self._searcher.doc(twins[0][1]) if twins else page
+        query = tantivy.Query.term_query(self._index.schema, "title", twin)
+        twins = (self._searcher.doc(address) for _, address in self._searcher.search(query, 3).hits)
+        return next((each for each in twins if bool(_stored(each, "chinese")) == chinese), page)
 
     @cached_property
     def _searcher(self) -> tantivy.Searcher:
@@ -175,9 +182,25 @@ class Index:
         return {str(searcher.doc(address).get_first("digest")) for _, address in hits}
 
 
+@contextlib.contextmanager
+def _intact(name: str) -> Iterator[None]:
+    """Turn what the library says of a folder that is damaged, or none of ours, into ValueError."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, ValueError | OSError) and type(error).__name__ != "PanicException":
+            raise
+        why = " ".join(str(error).split())[:200]
+        raise ValueError(f"{name} cannot be read as an index ({why}); remove it and make it anew") from None
+
+
 def _schema() -> tantivy.Schema:
     builder = tantivy.SchemaBuilder()
-    for name in ("title", "url", "text", "twin", "digest", "source"):
+    for name in KEPT:
+        builder.add_bytes_field(name, stored=True)
+    for name in ("title", "digest", "source"):
         builder.add_text_field(name, stored=True, tokenizer_name="raw", index_option="basic")
     for name in FIELDS:
         builder.add_text_field(name, stored=False, tokenizer_name="whitespace", index_option="freq")
@@ -186,7 +209,24 @@ def _schema() -> tantivy.Schema:
 
 def _document(entry: Entry, digest: str, source: str) -> tantivy.Document:
     words = {"title_terms": entry.title, "keyword_terms": entry.keywords, "text_terms": entry.text}
-    page = {"title": entry.title, "url": entry.url, "text": entry.text, "digest": digest, "source": source}
-    page["twin"] = entry.keywords.split(";")[0].strip()
-    indexed = {name: " ".join(terms(text)) for name, text in words.items()}
-    return tantivy.Document(**{name: [value] for name, value in (page | indexed).items()})
+    kept = {"url": entry.url, "text": entry.text, "twin": entry.keywords.split(";")[0].strip()}
+    kept["chinese"] = "yes" if is_chinese(entry.text) else ""
+    page: dict[str, list[str | bytes]] = {
+        "title": [_whole(entry.title)],
+        "digest": [digest],
+        "source": [_whole(source)],
+    }
+    page |= {name: [" ".join(terms(_whole(text)))] for name, text in words.items()}
+    if page["title_terms"] == [""]:  # The Who, It
+        page["title_terms"] = [" ".join(terms(_whole(entry.title), stop=False))]
+    return tantivy.Document(**page, **{name: [text.encode("utf-8", "replace")] for name, text in kept.items()})
+
+
+def _stored(page: tantivy.Document, name: str) -> str:
+    value = page.get_first(name)
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def _whole(text: str) -> str:
+    """A text without halves of characters, which cannot be written down."""
+    return text.encode("utf-8", "replace").decode("utf-8")
