@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -11,7 +12,7 @@ from urllib.parse import parse_qsl
 import pytest
 
 from moss.tools import fetch, providers
-from moss.tools.base import ToolError
+from moss.tools.base import Source, ToolError
 from moss.tools.providers import PROVIDERS, Hit
 from moss.tools.search import search
 from tests.fake_web import FakeWeb, answer, told
@@ -240,20 +241,21 @@ def test_the_next_place_answers(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
     """Prevents a search that ends where the first provider is down, in another order than the settings name, or that
     asks on when it has an answer."""
     caplog.set_level(logging.DEBUG)
-    with (
-        FakeWeb(told({}, "500 Oh")) as down,
-        FakeWeb(told({"results": []})) as empty,
-        FakeWeb(
-            told({"organic": [{"title": "T", "link": "http://127.0.0.1/", "snippet": "Moss is a small plant."}]})
-        ) as good,
-        FakeWeb(told(ANSWERS["tavily"])) as last,
-    ):
-        for name, web in (("brave", down), ("searxng", empty), ("serper", good), ("tavily", last)):
+    good = {"organic": [{"title": "T", "link": "http://good.example/", "snippet": "Moss is a small plant."}]}
+    replies = {
+        "brave": told({}, "500 Oh"),
+        "searxng": told({"results": []}),
+        "serper": told(good),
+        "tavily": told(ANSWERS["tavily"]),
+    }
+    with contextlib.ExitStack() as all_of_them:
+        all_of_them.enter_context(FakeWeb(answer(b"", status="404 Not Found"))).patch(monkeypatch)
+        webs = {name: all_of_them.enter_context(FakeWeb(reply)) for name, reply in replies.items()}
+        for name, web in webs.items():
             point(monkeypatch, name, web)
         monkeypatch.setenv("MOSS_SEARCH", " brave, searxng ,serper,tavily")
-        (source,) = search("moss")
-        assert (source.title, source.text) == ("T", "Moss is a small plant.")
-        assert [len(web.heads) for web in (down, empty, good, last)] == [1, 1, 1, 0]
+        assert search("moss") == [Source("T", "http://good.example/", "Moss is a small plant.")]
+        assert [len(web.heads) for web in webs.values()] == [1, 1, 1, 0]
         monkeypatch.setenv("MOSS_SEARCH", "brave,encyclopedia")
         assert search("Mount Everest")[0].url.startswith("encyclopedia/")
         monkeypatch.setenv("MOSS_SEARCH", "brave,searxng")

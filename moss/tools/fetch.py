@@ -91,6 +91,8 @@ def checked_url(text: str) -> httpx2.URL:
         raise ToolError(f"{_name(url)} is refused: an address with a user name")
     if url.port not in (None, 80, 443):
         raise ToolError(f"{_name(url)}:{url.port} is refused: only the ports of the web are asked")
+    if _is_number(_name(url)) and not is_public(_name(url)):
+        raise ToolError(f"{_name(url)} is refused: it is not a public address")
     return url
 
 
@@ -106,6 +108,14 @@ def is_address(text: str) -> bool:
 def _name(url: httpx2.URL) -> str:
     """The host as it stands in the look-up, the certificate and the header: `URL.host` has other letters for some."""
     return url.raw_host.decode("ascii")
+
+
+def _is_number(host: str) -> bool:
+    """Whether a host is an address already."""
+    try:
+        return bool(ipaddress.ip_address(host))
+    except ValueError:
+        return False
 
 
 def is_public(address: str) -> bool:
