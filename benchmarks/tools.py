@@ -52,7 +52,7 @@ EQUATIONS = (
 )
 
 
-def timed(function: Callable[[str], str], arguments: Sequence[str], repeats: int) -> dict[str, Any]:
+def timed(function: Callable[[str], object], arguments: Sequence[str], repeats: int) -> dict[str, Any]:
     """Milliseconds of each call, round by round, after one round that warms up."""
     runs = [[_milliseconds(function, argument) for argument in arguments] for _ in range(repeats + 1)][1:]
     every = [value for run in runs for value in run]
@@ -67,7 +67,7 @@ def timed(function: Callable[[str], str], arguments: Sequence[str], repeats: int
     }
 
 
-def _milliseconds(function: Callable[[str], str], argument: str) -> float:
+def _milliseconds(function: Callable[[str], object], argument: str) -> float:
     begun = time.perf_counter()
     function(argument)
     return (time.perf_counter() - begun) * 1e3

@@ -16,8 +16,9 @@ from moss.data.search_turns import KINDS, book, cite, families, found_for, scene
 from moss.engine import Sampling
 from moss.tokenizer import Tokenizer, train
 from moss.tools.calls import parse_commands
+from moss.tools.places import bundled_pages
 from moss.tools.run import Done, Options, answer
-from moss.tools.search import bundled_pages, offline_tools
+from moss.tools.search import offline_tools
 from moss.tools.textrank import is_chinese
 from moss.tools.words import sentences
 from tests.fakes import ScriptedEngine

@@ -17,7 +17,7 @@ import pytest
 
 from moss.chat import SWITCHES, Dialog, Round, Turn, render
 from moss.resolve import load
-from moss.tools import extract, search
+from moss.tools import extract, places, search
 from moss.tools.base import Source, ToolError, on_progress, prepare, standard_tools
 from moss.tools.calls import ITEM_LIMIT, Call, Outcome, format_results, numbered, run_calls
 from moss.tools.entries import markdown_pages
@@ -54,8 +54,8 @@ def test_found_in_both_languages() -> None:
     assert chinese[0] == Source("珠穆朗玛峰", "encyclopedia/earth.zh.md#珠穆朗玛峰", chinese[0].text)
     for sources in (english, chinese):
         assert "8,848.86" in sources[0].text or "8848.86" in sources[0].text
-        assert len(sources) == search.PAGES
-        assert len({source.url for source in sources}) == search.PAGES
+        assert len(sources) == places.PAGES
+        assert len({source.url for source in sources}) == places.PAGES
 
 
 def test_results_are_numbered_and_cited() -> None:
@@ -87,7 +87,7 @@ def test_pages_are_made_once_and_from_any_thread(monkeypatch: pytest.MonkeyPatch
     made = []
     original = Index.of
     monkeypatch.setattr(Index, "of", lambda entries: made.append(1) or original(entries))
-    search._encyclopedia.cache_clear()
+    places._encyclopedia.cache_clear()
     assert all(done.ok for done in outcomes("Everest", "Heart", "Moon", "月球"))
     assert made == [1]
 
@@ -415,7 +415,7 @@ def test_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_it_needs_is_started_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a first search that waits for everything; and a process that reads pages where no page is ever read."""
     begun: list[str] = []
-    monkeypatch.setattr(search, "encyclopedia", lambda: begun.append("encyclopedia"))
+    monkeypatch.setattr(places, "encyclopedia", lambda: begun.append("encyclopedia"))
     monkeypatch.setattr(extract.BOX, "start", lambda: begun.append("extract"))
     for value, expected in (("", 1), ("index", 1), ("brave,encyclopedia", 2), ("nonsense", 1)):
         begun.clear()
@@ -436,7 +436,7 @@ def test_questions_of_people_are_answered(name: str) -> None:
     rows = [json.loads(line) for line in lines]
     found = kept = plain = across = 0
     for row in rows:
-        pages = search.encyclopedia().search(row["question"], search.PAGES)
+        pages = places.encyclopedia().search(row["question"], places.PAGES)
         found += any(each.title in row["titles"] for each in pages)
         texts = [summarize(each.text, limit=ITEM_LIMIT, query=row["question"]).lower() for each in pages]
         kept += any(words.lower() in text for words in row["answer"] for text in texts)

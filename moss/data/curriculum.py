@@ -29,7 +29,7 @@ from moss.data.search_turns import uncited
 from moss.data.text import documents
 from moss.errors import UsageError
 from moss.files import replacing
-from moss.tools.search import bundled_pages
+from moss.tools.places import bundled_pages
 
 LANGS = ("en", "zh")
 KEYS = ("thoughts", *SWITCHES)

@@ -30,7 +30,7 @@ from moss.data.slots import trim
 from moss.tools.arithmetic import evaluate
 from moss.tools.base import Source
 from moss.tools.calls import Call, Outcome, format_results, numbered
-from moss.tools.search import bundled
+from moss.tools.places import bundled
 from moss.tools.words import sentences
 
 Accept = Callable[[str, str], bool]

@@ -9,6 +9,7 @@ moss tool --serve-mcp                                # the tools for other progr
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import io
 import json
 import sys
@@ -42,9 +43,7 @@ def main(config: ToolCommand) -> int:
         raise UsageError("""write a line of commands, such as moss tool 'Calculate("1+1")', or --serve-mcp""")
     tools = load_tools(config.tools_from, config.mcp)
     if config.serve_mcp:
-        from moss.tools import mcp_server  # the extra is needed only here
-
-        mcp_server.serve(tools)
+        importlib.import_module("moss.tools.mcp_server").serve(tools)
         return 0
     if config.commands != "-":
         report = run_line(config.commands, tools)

@@ -29,6 +29,7 @@ from moss.tools.words import terms
 
 KEPT = ("url", "text", "twin", "chinese")  # of a page, beside its title
 FIELDS = {"title_terms": 1.0, "keyword_terms": 1.2, "text_terms": 1.0}  # what is searched, and what a word there counts
+SINGLE = 0.4  # what a character of the question counts that is a whole title
 OTHER_LANGUAGE = 0.95  # what a page counts that is in another language than the question
 CANDIDATES = 10  # pages looked at for each that is wanted
 COMMIT_EVERY = 2000  # pages; a kill loses at most as many
@@ -145,8 +146,9 @@ class Index:
             for name, weight in FIELDS.items()
             for term in asked
         ]
-        for name in set(re.findall("[\u3400-\u9fff]", question[:MAX_TERMS])):  # a title of one character is in no pair
-            wanted.append((tantivy.Occur.Should, tantivy.Query.term_query(self._index.schema, "title", name)))
+        for name in set(re.findall("[\u3400-\u9fff]", question[:MAX_TERMS])):  # in no pair, and perhaps no word either
+            title = tantivy.Query.term_query(self._index.schema, "title", name)
+            wanted.append((tantivy.Occur.Should, tantivy.Query.boost_query(title, SINGLE)))
         chinese = is_chinese(question)
         best: dict[tuple[str, str], Found] = {}
         with _intact(self._name):

@@ -8,6 +8,7 @@ one's own; only what a tool returns is data.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import sys
 import traceback
@@ -28,7 +29,7 @@ def load_tools(file: str | Path | None = None, mcp: str | None = None) -> dict[s
     if file is not None:
         tools = merged(tools, from_file(Path(file)), str(file))
     if mcp is not None:
-        from moss.tools.mcp import connect  # the extra is needed only here
+        connect = importlib.import_module("moss.tools.mcp").connect  # the extra is needed only here
 
         taken = {name for tool in tools.values() for name in (tool.key, tool.name, tool.switch)}
         tools = merged(tools, connect(mcp, taken), mcp)

@@ -14,7 +14,12 @@ import re
 import unicodedata
 from functools import cache, lru_cache
 
-from tantivy import Filter, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
+from moss.errors import UsageError
+
+try:
+    from tantivy import Filter, TextAnalyzer, TextAnalyzerBuilder, Tokenizer
+except ImportError:
+    raise UsageError("search needs the package tantivy: pip install -e '.[search]'") from None
 
 MAX_TEXT = 200_000  # characters of a page that are read
 MAX_SENTENCES = 300

@@ -1,0 +1,116 @@
+"""The places where a search looks: the bundled pages, pages of the user's own, and the web through a provider.
+
+    bundled("height of Mount Fuji")                     # [Source(title, url, text), …], the best page first
+
+Each gives up to `PAGES` sources, summed up with the question in mind. `search.py` is the tool that asks
+them in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import threading
+import time
+from functools import cache
+from importlib import resources
+
+from moss.tools import extract, fetch, providers
+from moss.tools.base import Source, ToolError, progress
+from moss.tools.calls import ITEM_LIMIT
+from moss.tools.entries import markdown_pages
+from moss.tools.index import Entry, Index
+from moss.tools.search import index_folder
+from moss.tools.textrank import is_chinese, summarize
+
+PAGES = 3
+LEAST, LEAST_CHINESE = 110, 50  # characters of a page without which it is left out, so that the others say something
+
+_lock = threading.Lock()
+
+
+def look(place: str, query: str, room: int, until: float) -> list[Source]:
+    """What one place finds; `until` is when the answer must be there, by the clock that only runs on."""
+    if place == "encyclopedia":
+        return bundled(query, room)
+    if place == "index":
+        return _own(query, room)
+    return fetch.wait(_network(place, query, room, until))
+
+
+def bundled(query: str, room: int = 0) -> list[Source]:
+    """What the encyclopaedia has, in about `room` characters (0 = any number)."""
+    return _summed_up(encyclopedia(), query, room)
+
+
+def _summed_up(index: Index, query: str, room: int) -> list[Source]:
+    """The best pages of an index, each summed up."""
+    pages, limit = shares(room, query)
+    found = index.search(query, pages)
+    return [Source(page.title, page.url, summarize(page.text, limit=limit, query=query)) for page in found]
+
+
+def shares(room: int, query: str) -> tuple[int, int]:
+    """How many pages, and how many characters of each, where the model reads `room` of all: fewer pages rather than
+    pages that say nothing."""
+    if not room:
+        return PAGES, ITEM_LIMIT
+    least = LEAST_CHINESE if re.search("[\u3400-\u9fff]", query) else LEAST
+    pages = min(PAGES, max(1, room // least))
+    return pages, min(ITEM_LIMIT, max(least // 2, room // pages - 10))
+
+
+async def _network(place: str, query: str, room: int, until: float) -> list[Source]:
+    """The pages that a provider names, read and summed up; its own words where none of them can be read."""
+    pages, limit = shares(room, query)
+    if (left := until - time.monotonic()) < 0.5:
+        raise ToolError("the places before it took all the time")
+    progress(f"asking {place}")
+    hits = await providers.ask(place, query, "zh" if is_chinese(query) else "en", min(providers.SECONDS, left))
+    hits = [hit for hit in hits if fetch.is_address(hit.url)][:pages]
+    progress(f"reading {len(hits)} page{'s' * (len(hits) != 1)}")
+    seconds = min(fetch.SECONDS, until - time.monotonic() - extract.SECONDS)
+
+    async def read(hit: providers.Hit) -> Source | None:
+        try:
+            page = await fetch.read_page(hit.url, seconds)
+            title, text = await asyncio.to_thread(extract.text_of, page)
+        except ToolError:  # it is left out
+            return None
+        text = summarize(text, limit=limit, query=query)
+        return Source(hit.title or title, page.url, text) if text else None
+
+    found = [source for source in await asyncio.gather(*map(read, hits)) if source is not None]
+    said = [Source(hit.title, hit.url, summarize(hit.text, limit=limit, query=query)) for hit in hits]
+    return found or [source for source in said if source.text]
+
+
+def encyclopedia() -> Index:
+    """The index of the bundled pages, made in memory at the first use."""
+    with _lock:
+        return _encyclopedia()
+
+
+@cache
+def _encyclopedia() -> Index:
+    return Index.of(bundled_pages())
+
+
+def bundled_pages() -> list[Entry]:
+    """The pages of the encyclopaedia, in the order of its files."""
+    folder = resources.files("moss.tools") / "encyclopedia"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".md")), key=lambda file: file.name)
+    texts = ((file.name, file.read_text(encoding="utf-8")) for file in files)
+    return [entry for name, text in texts for entry in markdown_pages(text, f"encyclopedia/{name}", name)]
+
+
+def _own(query: str, room: int) -> list[Source]:
+    """What the user's own index has, as it is now; nothing where there is none."""
+    folder = index_folder()
+    if not folder.is_dir() and not os.environ.get("MOSS_INDEX"):
+        return []
+    try:
+        return _summed_up(Index.open(folder), query, room)
+    except ValueError as error:
+        raise ToolError(str(error)) from None
