@@ -8,6 +8,7 @@ moss tool --serve-mcp                                # the tools for other progr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -41,7 +42,8 @@ def main(config: ToolCommand) -> int:
         sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
     if config.serve_mcp == bool(config.commands):
         raise UsageError("""write a line of commands, such as moss tool 'Calculate("1+1")', or --serve-mcp""")
-    tools = load_tools(config.tools_from, config.mcp)
+    with contextlib.redirect_stdout(sys.stderr) if config.serve_mcp else contextlib.nullcontext():
+        tools = load_tools(config.tools_from, config.mcp)  # a file that prints must not get into the protocol
     if config.serve_mcp:
         importlib.import_module("moss.tools.mcp_server").serve(tools)
         return 0

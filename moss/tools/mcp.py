@@ -5,9 +5,9 @@
     connect("servers.json")                             # {"mcpServers": {"weather": {"command": …, "args": […]}, …}}
 
 Each tool of a server becomes a `Tool` with its own switch, API line and schema. What a server says about itself stands
-in prompts, so names and labels are cut to plain words. A connection lives on one background thread as long as the
-program; a server that ended is started again at the next call. In a settings file `env` and `headers` may hold
-`${NAME}` for what stands in the environment.
+in prompts, so names and labels are cut to plain words; none takes the name or key of another tool. A connection lives
+on one background thread as long as the program; a server that ended is started again at the next call. In a settings
+file `env` and `headers` may hold `${NAME}` for what stands in the environment.
 """
 
 from __future__ import annotations
@@ -15,23 +15,30 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import contextvars
 import inspect
+import itertools
 import json
+import keyword
+import logging
 import os
 import re
 import shlex
 import tempfile
 import threading
-from collections.abc import Awaitable, Collection, Mapping
-from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from collections.abc import Collection, Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moss.chat import SWITCHES
 from moss.errors import UsageError
+from moss.tools import base
 from moss.tools.base import Tool, ToolError, command_name
 
 try:
+    import anyio
     import mcp
     from mcp import types
     from mcp.client.streamable_http import streamable_http_client
@@ -42,8 +49,16 @@ except ImportError as error:
 T = TypeVar("T")
 CONNECT_SECONDS = 20.0  # a program may have to be installed first
 CALL_SECONDS = 30.0
+CLOSE_SECONDS = 8.0  # a program that does not leave when it is told to is killed before that
 MAX_TOOLS = 64  # of a server
+MAX_ARGUMENTS = 32  # of a tool
+_RUNNERS = re.compile(r"(python|pipx|uvx?|node|npx|bunx?|deno)[\d.]*$")  # programs that run what is named next
+CLOSED = types.CONNECTION_CLOSED  # the code of the error where a server has left
 KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
+_RESERVED = {"thoughts", "Inner thoughts", "all", "none", "None", *SWITCHES}  # what no tool of a server is called
+_RESERVED |= {name for switch in SWITCHES.values() for name in (switch.label, switch.api.split("(")[0])}
+
+logging.getLogger("mcp").addHandler(logging.NullHandler())  # a server's garbage is no news for the terminal
 
 
 # ------------------------------------------------------------------------------------------------------ their tools
@@ -56,20 +71,23 @@ class Target:
     name: str
     url: str = ""
     command: tuple[str, ...] = ()
-    settings: Mapping[str, Any] | None = None  # env, cwd or headers
+    env: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    cwd: str | None = None
 
 
 def connect(where: str, taken: Collection[str] = ()) -> list[Tool]:
-    """The tools of the server, or of all servers of a settings file; names that are `taken` get the server's before.
+    """The tools of the server, or of all servers of a settings file; `taken` are names of other tools, of each kind.
 
     UsageError where `where` names no server, ValueError where one does not start or answer.
     """
     found: list[Tool] = []
+    used = _RESERVED | set(taken)
     for target in targets(where):
         server = _Server(target)
         for described in server.tools:
-            used = {*taken, *(tool.name for tool in found)}
             found.append(_tool(server, described, used))
+            used |= {found[-1].key, found[-1].name, found[-1].switch}
     return found
 
 
@@ -77,15 +95,16 @@ def targets(where: str) -> list[Target]:
     """What `--mcp` names."""
     if re.match(r"https?://", where):
         return [Target(re.sub(r"^https?://([^/:]+).*", r"\1", where), url=where)]
-    if where.endswith(".json"):
-        return _settings_file(Path(where))
     try:
         words = shlex.split(where)
     except ValueError as error:
         raise UsageError(f"{where!r} is no command line: {error}") from None
     if not words:
         raise UsageError("--mcp needs a command, an address or a settings file")
-    return [Target(Path(words[-1]).stem, command=tuple(words))]
+    if where.endswith(".json") and (len(words) == 1 or Path(where).is_file()):
+        return _settings_file(Path(where))
+    ran = [word for word in words[1:] if not word.startswith("-")] if _RUNNERS.match(Path(words[0]).name) else []
+    return [Target(Path([*ran, words[0]][0]).stem, command=tuple(words))]
 
 
 def _settings_file(path: Path) -> list[Target]:
@@ -94,189 +113,282 @@ def _settings_file(path: Path) -> list[Target]:
         found = []
         for name, row in servers.items():
             command = (row["command"], *row.get("args", ())) if "url" not in row else ()
-            found.append(Target(str(name), str(row.get("url", "")), tuple(map(str, command)), row))
-        return found
+            env, headers = (_expanded(row.get(key) or {}, path) for key in ("env", "headers"))
+            url = str(row.get("url", ""))
+            found.append(Target(str(name), url, tuple(map(str, command)), env, headers, row.get("cwd")))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
+    except UsageError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError):
+        found = []
+    if not found:
         example = '{"mcpServers": {"name": {"command": "…", "args": []}}} or {"url": "…"}'
-        raise UsageError(f"{path} is no settings file of MCP servers; it looks like {example}") from None
+        raise UsageError(f"{path} is no settings file of MCP servers; it looks like {example}")
+    return found
+
+
+def _expanded(values: Mapping[str, Any], path: Path) -> dict[str, str]:
+    """Texts with `${NAME}` as it stands in the environment."""
+
+    def look_up(name: re.Match[str]) -> str:
+        if name[1] not in os.environ:
+            raise UsageError(f"{path} wants {name[0]}, which the environment does not have")
+        return os.environ[name[1]]
+
+    return {str(key): re.sub(r"\$\{(\w+)\}", look_up, str(value)) for key, value in values.items()}
+
+
+class _Connection:
+    """A connection in a task of its own, since it must be closed where it was opened. All of it runs in the loop."""
+
+    def __init__(self, client: mcp.Client) -> None:
+        loop = asyncio.get_running_loop()
+        self.ready: asyncio.Future[mcp.Client] = loop.create_future()
+        self._end, self._scope = asyncio.Event(), anyio.CancelScope()
+        self.task = loop.create_task(self._live(client))
+        loop.call_later(CONNECT_SECONDS, self._fail, TimeoutError())
+
+    async def _live(self, client: mcp.Client) -> None:
+        try:
+            with self._scope:
+                async with client:
+                    self.ready.set_result(client)
+                    await self._end.wait()
+        except BaseException as error:
+            self._fail(error)
+        self._fail(ConnectionError("the connection was closed"))
+
+    def _fail(self, error: BaseException) -> None:
+        """Nobody waits for the connection any more; nothing where it stands."""
+        if not self.ready.done():
+            self.ready.set_exception(ValueError(_reason(error)))
+            self.ready.exception()  # it may be that nobody has waited
+            self._scope.cancel()
+
+    def close(self) -> None:
+        """End it, and the program behind it; `task` is done when it has ended."""
+        self._end.set()
+        self._fail(ConnectionError("the connection was closed"))
 
 
 class _Server:
-    """A connection that is made again when it broke."""
+    """A connection that is made again when it broke. Methods with `async` run in the loop that all servers share."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
-        self._client: mcp.Client | None = None
-        self._end: asyncio.Event | None = None
-        self._errors: Any = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        try:
-            self.tools = _run(self._list(), CONNECT_SECONDS)[:MAX_TOOLS]
-        except FutureTimeout:
-            raise ValueError(self._failed("gave no answer")) from None
-        except Exception as error:
-            raise ValueError(self._failed(_reason(error))) from None
+        self._now: _Connection | None = None
+        self._all: set[_Connection] = set()  # also those that have not quite ended
+        self._errors: Any = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         atexit.register(self.close)
+        where = target.url or shlex.join(target.command)
+        try:
+            self.tools = _run(self._list(), CONNECT_SECONDS + 1)[:MAX_TOOLS]
+        except Exception as error:
+            _background().call_soon_threadsafe(self._drop)
+            raise ValueError(f"the MCP server {where} failed: {_reason(error)}{self._said()}") from None
 
     def call(self, name: str, arguments: dict[str, Any], seconds: float) -> str:
         """The text of a tool's answer; `ToolError` with the server's own reason, or with ours."""
         try:
             result = _run(self._call(name, arguments), seconds)
-        except FutureTimeout:
+        except TimeoutError:
             raise ToolError(f"{self.target.name} took more than {seconds:g} s") from None
-        except ToolError:
-            raise
         except Exception as error:
-            self._end = self._client = None  # the next call connects anew
-            raise ToolError(self._failed(_reason(error))) from None
-        texts = [block.text for block in result.content if isinstance(block, types.TextContent)]
-        others = [f"({block.type})" for block in result.content if not isinstance(block, types.TextContent)]
-        text = "\n".join(texts + others) or json.dumps(result.structured_content, ensure_ascii=False)
+            raise ToolError(f"{self.target.name} failed: {_reason(error)}{self._said()}") from None
+        text = "\n".join(map(_block, result.content))
         if result.is_error:
-            raise ToolError(text)
+            raise ToolError(text or f"{self.target.name} failed without a reason")
+        if not text and result.structured_content is not None:
+            return json.dumps(result.structured_content, ensure_ascii=False)
         return text
 
     def close(self) -> None:
+        """End the connection, and its program with it."""
         with contextlib.suppress(Exception):
-            _run(self._close(), 5.0)
+            _run(self._close(), CLOSE_SECONDS)
 
     async def _call(self, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
-        client = await self._connected()
-        result = await client.call_tool(name, arguments)
-        if not isinstance(result, types.CallToolResult):
-            raise ToolError(f"{self.target.name} asks for more, which is not possible here")
-        return result
+        say = partial(contextvars.copy_context().run, base.progress)  # in the context of the call, where one listens
+
+        async def tell(progress: float, total: float | None, message: str | None) -> None:
+            say(message or (f"{progress:g}" if total is None else f"{progress:g} of {total:g}"))
+
+        connection = self._connected()
+        client = await asyncio.shield(connection.ready)
+        try:
+            return await client.call_tool(name, arguments, progress_callback=tell)
+        except Exception as error:
+            if connection is self._now and not (isinstance(error, mcp.MCPError) and error.code != CLOSED):
+                self._drop()
+            raise
 
     async def _list(self) -> list[types.Tool]:
-        client = await self._connected()
+        client = await asyncio.shield(self._connected().ready)
         found: list[types.Tool] = []
         cursor = None
         while len(found) < MAX_TOOLS:
             page = await client.list_tools(cursor=cursor)
             found += page.tools
             cursor = page.next_cursor
-            if cursor is None:
+            if cursor is None or not page.tools:
                 break
         return found
 
-    async def _connected(self) -> mcp.Client:
-        """The open connection. It lives in a task of its own, since it must be closed where it was opened."""
-        if self._client is None:
-            ready: asyncio.Future[mcp.Client] = asyncio.get_running_loop().create_future()
-            self._end = asyncio.Event()
-            self._task = asyncio.create_task(self._live(ready, self._end))
-            self._client = await ready
-        return self._client
+    def _connected(self) -> _Connection:
+        """The connection, open or about to be; a new one where there is none or the last one failed."""
+        if self._now is None or self._now.task.done():
+            client = mcp.Client(self._transport(), read_timeout_seconds=CALL_SECONDS + 5)
+            self._now = connection = _Connection(client)
+            self._all.add(connection)
+            connection.task.add_done_callback(lambda task: self._all.discard(connection))
+        return self._now
 
-    async def _live(self, ready: asyncio.Future[mcp.Client], end: asyncio.Event) -> None:
-        try:
-            async with mcp.Client(self._transport(), read_timeout_seconds=CALL_SECONDS) as client:
-                ready.set_result(client)
-                await end.wait()
-        except BaseException as error:
-            if not ready.done():
-                ready.set_exception(ValueError(_reason(error)))
-        finally:
-            if self._end is end:
-                self._client = None
+    def _drop(self) -> None:
+        """Let go of the connection; the next call makes another."""
+        if self._now is not None:
+            self._now.close()
+            self._now = None
 
     async def _close(self) -> None:
-        if self._end is not None:
-            self._end.set()
-            await self._task
+        self._drop()
+        if self._all:
+            await asyncio.wait([connection.task for connection in self._all])
 
     def _transport(self) -> Any:
-        settings = self.target.settings or {}
-        if self.target.url:
-            headers = _expanded(settings.get("headers"))
-            return streamable_http_client(self.target.url, http_client=create_mcp_http_client(headers=headers))
-        program, *arguments = self.target.command
-        given = mcp.StdioServerParameters(
-            command=program, args=arguments, env=_expanded(settings.get("env")), cwd=settings.get("cwd")
-        )
+        target = self.target
+        if target.url:
+            headers = dict(target.headers) or None
+            return streamable_http_client(target.url, http_client=create_mcp_http_client(headers=headers))
+        program, *arguments = target.command
+        given = mcp.StdioServerParameters(command=program, args=arguments, env=dict(target.env), cwd=target.cwd)
         return mcp.stdio_client(given, errlog=self._errors)
 
-    def _failed(self, reason: str) -> str:
-        """What went wrong, with the last thing the program said."""
+    def _said(self) -> str:
+        """The last thing that the program said about its trouble, in brackets."""
         self._errors.seek(0)
         said = [line.strip() for line in self._errors.read()[-4000:].splitlines() if line.strip()]
-        where = self.target.url or shlex.join(self.target.command)
-        return f"the MCP server {where} failed: {reason}" + (f" ({said[-1][:200]})" if said else "")
+        return f" ({said[-1][:200]})" if said else ""
 
 
-def _tool(server: _Server, described: types.Tool, taken: Collection[str]) -> Tool:
+def _block(block: types.ContentBlock) -> str:
+    """A piece of a result as text; what is none is named by its kind."""
+    if isinstance(block, types.TextContent):
+        return block.text
+    if isinstance(block, types.EmbeddedResource) and isinstance(block.resource, types.TextResourceContents):
+        return block.resource.text
+    return f"({block.type})"
+
+
+def _tool(server: _Server, described: types.Tool, used: Collection[str]) -> Tool:
     """A server's tool as one of ours."""
-    name = command_name(described.name)[:60]
-    if name in taken:
-        name = command_name(f"{server.target.name} {described.name}")[:80]
     schema = described.input_schema or {}
-    properties = {str(key): value for key, value in (schema.get("properties") or {}).items() if isinstance(value, dict)}
-    required = [key for key in schema.get("required") or () if key in properties]
-    order = [*required, *(key for key in properties if key not in required)]
-    theirs = {_identifier(key): key for key in order}  # our name of an argument -> theirs
+    properties = {str(name): form for name, form in (schema.get("properties") or {}).items()}
+    required = [name for name in schema.get("required") or () if name in properties]
+    order = [*required, *(name for name in properties if name not in required)][:MAX_ARGUMENTS]
+    theirs = _identifiers(order)
 
     def call(*args: Any, **kwargs: Any) -> str:
         given = inspect.signature(call).bind(*args, **kwargs).arguments
-        return server.call(described.name, {theirs[key]: value for key, value in given.items()}, CALL_SECONDS)
+        arguments = {theirs[name]: value for name, value in given.items() if value is not None}
+        return server.call(described.name, arguments, CALL_SECONDS)
 
     call.__name__ = described.name
-    call.__doc__ = described.description or described.title or described.name
+    call.__doc__ = (described.description or described.title or described.name)[:2000]
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
             inspect.Parameter(
                 ours,
                 inspect.Parameter.POSITIONAL_OR_KEYWORD,
-                default=inspect.Parameter.empty if key in required else None,
-                annotation=KINDS.get(str(properties[key].get("type")), str),
+                default=inspect.Parameter.empty if name in required else None,
+                annotation=_kind(properties[name], schema),
             )
-            for ours, key in theirs.items()
+            for ours, name in theirs.items()
         ]
     )
-    arguments = {ours: properties[key] for ours, key in theirs.items()}
-    label = " ".join(re.findall(r"[\w'()+/&-]+", described.title or described.name.replace("_", " ")))[:40].strip()
-    key = re.sub(r"\W+", "_", described.name.lower()).strip("_")[:60]
-    if name != command_name(described.name)[:60]:
-        key = _identifier(name)
-    return Tool(key, label or name, name, call, seconds=CALL_SECONDS + 1, arguments=arguments)
+    arguments = {ours: properties[name] for ours, name in theirs.items() if isinstance(properties[name], dict)}
+    definitions = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    key, name = _names(server.target.name, described.name, used)
+    words = re.findall(r"[\w'()+/&-]+", described.title or described.name.replace("_", " "))
+    label = " ".join(words)[:40].strip()
+    label = label[:1].upper() + label[1:]
+    label = name if not label or label in used else label
+    return Tool(key, label, name, call, seconds=CALL_SECONDS + 1, arguments=arguments, definitions=definitions)
 
 
-def _identifier(name: str) -> str:
-    """A name that may stand for an argument in Python and in an API line."""
-    cleaned = re.sub(r"\W", "_", name)
-    return cleaned if cleaned.isidentifier() else f"_{cleaned}"
+def _names(server: str, tool: str, used: Collection[str]) -> tuple[str, str]:
+    """Key and command of a tool: its own name, before it the server's where that is taken, at last with a number."""
+    for number in itertools.count():
+        full = tool if number == 0 else f"{server} {tool}"
+        last = "" if number < 2 else str(number)
+        key = (re.sub(r"\W+", "_", full.lower())[:50].strip("_") or "tool") + last
+        name = command_name(full)[:50] + last
+        if key not in used and name not in used:
+            return key, name
+    raise AssertionError("there is always one more number")
 
 
-def _expanded(values: Any) -> dict[str, str] | None:
-    """Texts with `${NAME}` as it stands in the environment."""
-    return {str(key): os.path.expandvars(str(value)) for key, value in values.items()} if values else None
+def _identifiers(names: Iterable[str]) -> dict[str, str]:
+    """Names that may stand for arguments in Python and in an API line, and what each is at the server."""
+    found: dict[str, str] = {}
+    for place, name in enumerate(names, 1):
+        cleaned = re.sub(r"\W", "_", name)[:40]
+        cleaned = f"{cleaned}_" if keyword.iskeyword(cleaned) else cleaned if cleaned.isidentifier() else f"_{cleaned}"
+        if cleaned in found or not cleaned.isidentifier():
+            cleaned = f"{cleaned if cleaned.isidentifier() else 'argument'}_{place}"
+        found[cleaned] = name
+    return found
+
+
+def _kind(form: Any, schema: Mapping[str, Any]) -> type:
+    """The type that an argument of this form is given as: text, where text fits or nothing is said."""
+    kinds = _kinds(form, schema, 8)
+    return str if str in kinds or not kinds else kinds[0]
+
+
+def _kinds(form: Any, schema: Mapping[str, Any], depth: int) -> list[type]:
+    """The types that a JSON schema names, through its references into the whole `schema` and its alternatives."""
+    if not isinstance(form, dict) or not depth:
+        return []
+    reference = form.get("$ref")
+    if isinstance(reference, str):
+        place: Any = schema
+        for step in reference.removeprefix("#/").split("/"):
+            place = place.get(step) if isinstance(place, dict) else None
+        return _kinds(place, schema, depth - 1)
+    given = form.get("type")
+    names = given if isinstance(given, list) else [given]
+    found = [KINDS[name] for name in names if isinstance(name, str) and name in KINDS]
+    for key in ("anyOf", "oneOf", "allOf"):
+        for each in (form.get(key) or ())[:8]:
+            found += _kinds(each, schema, depth - 1)
+    return found
 
 
 def _reason(error: BaseException) -> str:
-    """The innermost reason of what may be a group of errors."""
+    """The innermost reason of what may be a group of errors, in one line."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return (str(error) or type(error).__name__).splitlines()[0][:200]
+    text = "it gave no answer in time" if isinstance(error, TimeoutError) else " ".join(str(error).split())
+    return text[:200] or type(error).__name__
 
 
-_loop: asyncio.AbstractEventLoop | None = None
-_lock = threading.Lock()
+# --------------------------------------------------------------------------------------------- the thread of all
 
 
-def _run(work: Awaitable[T], seconds: float) -> T:
-    """Run on the background thread that all connections share; FutureTimeout after `seconds`."""
-    global _loop
-    with _lock:
-        if _loop is None:
-            _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, daemon=True, name="moss-mcp").start()
+@cache
+def _background() -> asyncio.AbstractEventLoop:
+    """The loop in which all connections live, on a thread of its own."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="moss-mcp").start()
+    return loop
 
-    async def bounded() -> T:
-        return await work
 
-    future = asyncio.run_coroutine_threadsafe(bounded(), _loop)
+def _run(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """Run in the loop of all connections; TimeoutError after `seconds`."""
+    future = asyncio.run_coroutine_threadsafe(work, _background())
     try:
         return future.result(seconds)
-    except FutureTimeout:
+    except TimeoutError:
         future.cancel()
         raise

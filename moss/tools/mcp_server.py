@@ -8,13 +8,15 @@ Any MCP client can start it: {"mcpServers": {"moss": {"command": "moss", "args":
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import Mapping
+import contextlib
+import os
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 from moss import __version__
 from moss.errors import UsageError
-from moss.tools.base import Tool
+from moss.tools.base import Tool, ToolError, prepare
 from moss.tools.calls import Call, Outcome, numbered, shown, stream_calls
 
 try:
@@ -27,13 +29,54 @@ except ImportError as error:
 
 def serve(tools: Mapping[str, Tool]) -> None:
     """Offer tools on standard input and output until the other side leaves."""
+    prepare(tools)
     asyncio.run(_serve(tools))
 
 
 async def _serve(tools: Mapping[str, Tool]) -> None:
-    async with stdio_server() as (read, write):
+    lines: Any = _Lines(_taken(0))
+    async with stdio_server(stdin=lines) as (read, write):
         server = offered(tools)
         await server.run(read, write, server.create_initialization_options())
+
+
+def _taken(number: int) -> int:
+    """A descriptor for ourselves alone: what tools and the programs they start read there is empty."""
+    ours, empty = os.dup(number), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, number)
+    os.close(empty)
+    return ours
+
+
+class _Lines:
+    """The lines of a descriptor. The thread that reads ends with the program; one that is waited for would keep it from
+    ending at Ctrl-C."""
+
+    def __init__(self, number: int) -> None:
+        self._queue: asyncio.Queue[str | None] = asyncio.Queue()
+        _beside(self._read, number, asyncio.get_running_loop())
+
+    def _read(self, number: int, loop: asyncio.AbstractEventLoop) -> None:
+        rest = b""
+        while data := os.read(number, 1 << 16):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                loop.call_soon_threadsafe(self._queue.put_nowait, line.decode("utf-8", "replace"))
+        loop.call_soon_threadsafe(self._queue.put_nowait, None)
+
+    async def __aiter__(self) -> AsyncIterator[str]:
+        while (line := await self._queue.get()) is not None:
+            yield line
+
+
+def _beside(work: Callable[..., None], *args: Any) -> None:
+    """Do it in a thread that nobody waits for. What it cannot tell any more, since the loop is closed, is lost."""
+
+    def job() -> None:
+        with contextlib.suppress(RuntimeError, OSError):
+            work(*args)
+
+    threading.Thread(target=job, daemon=True).start()
 
 
 def offered(tools: Mapping[str, Tool]) -> Server[Any]:
@@ -45,7 +88,16 @@ def offered(tools: Mapping[str, Tool]) -> Server[Any]:
 
     async def on_call(context: Any, params: types.CallToolRequestParams) -> types.CallToolResult:
         call = _read(params.name, params.arguments or {}, at_hand)
-        return await asyncio.to_thread(_answer, call, at_hand)
+        loop, answer = asyncio.get_running_loop(), asyncio.Event()
+        found: list[types.CallToolResult] = []
+
+        def work() -> None:
+            found.append(_answer(call, at_hand))
+            loop.call_soon_threadsafe(answer.set)
+
+        _beside(work)
+        await answer.wait()
+        return found[0]
 
     return Server("moss", version=__version__, on_list_tools=on_list, on_call_tool=on_call)
 
@@ -60,15 +112,10 @@ def _described(tool: Tool) -> types.Tool:
 def _read(name: str, given: dict[str, Any], tools: Mapping[str, Tool]) -> Call:
     """A client's call as one of a line of commands; its `error` says why it can be none."""
     tool = next((tool for tool in tools.values() if tool.name == name), None)
-    known = [] if tool is None else list(tool.parameters)
-    names = [each for each in known if each in given]
-    odd = [each for each in given if tool is not None and each not in known]
-    error = (
-        f"{name} has no argument {odd[0]!r}" if odd else "arguments are missing" if names != known[: len(names)] else ""
-    )
-    values = [given[each] for each in names]
-    texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
-    return Call(name, texts, error=error)
+    try:
+        return Call(name, [] if tool is None else tool.spelled(given))
+    except ToolError as error:
+        return Call(name, error=str(error))
 
 
 def _answer(call: Call, tools: Mapping[str, Tool]) -> types.CallToolResult:
