@@ -15,8 +15,9 @@ from rich.text import Text
 from moss.errors import plain
 from moss.tools import run
 
-_CITATION = re.compile(r"<sup>((?:<\|\d+\|>)+)</sup>")
-_BEGUN = re.compile(r"<(?:s(?:u(?:p(?:>(?:<\|\d+\|>)*(?:<(?:\|(?:\d+(?:\|)?)?|/(?:s(?:u(?:p)?)?)?)?)?)?)?)?)?$")
+_CITATION = re.compile(r"<sup>((?:<\|\d{1,4}\|>)+)</sup>")
+# What a citation may begin with, at the end of a text. `\Z`, for `$` also stands before a last line end.
+_BEGUN = re.compile(r"<(?:s(?:u(?:p(?:>(?:<\|\d{1,4}\|>)*(?:<(?:\|(?:\d{1,4}\|?)?|/(?:s(?:u(?:p)?)?)?)?)?)?)?)?)?\Z")
 
 
 class Citations:
@@ -58,11 +59,11 @@ class Screen:
                 self._write(f"thoughts {number}", text, "dim")
             case run.Command(call=call, raw=raw):
                 self._raw[call] = plain(" ".join(raw.split()))
-            case run.ToolStarted(call=call):
-                self._running[call] = self._raw[call]
+            case run.ToolStarted(call=call, name=name):
+                self._running[call] = self._raw.get(call, name)
                 self._show_status()
-            case run.ToolProgress(call=call, text=text):
-                self._running[call] = f"{self._raw[call]}: {plain(text)}"
+            case run.ToolProgress(call=call, name=name, text=text):
+                self._running[call] = f"{self._raw.get(call, name)}: {plain(text)}"
                 self._show_status()
             case run.ToolDone():
                 self._tool_done(event)
@@ -78,27 +79,33 @@ class Screen:
     def _end_reply(self) -> None:
         """The rest of the reply, and the sources that it cites."""
         self._write("reply", self._citations.read("", last=True), "")
-        self.end()
+        self._close()
         for number in self._citations.cited:
             if source := self._citations.sources.get(number):
                 self._line(Text(plain(f"[{number}] {source['title']}  {source['url']}"), style="dim"))
-        self._citations = Citations()
 
     def end(self) -> None:
-        """Close what is open: the line, the live status."""
+        """The turn is over, also where it was stopped: close what is open, and forget its sources."""
+        self._close()
+        self._citations = Citations()
+        self._raw.clear()
+
+    def _close(self) -> None:
+        """Close the line and the live status."""
         self._running.clear()
         self._show_status()
         self._break()
 
     def _write(self, section: str, text: str, style: str) -> None:
-        """Go on with a section's text, on a new line where the section is new."""
-        if not text:
-            return
+        """Go on with a section's text, on a new line where the section is new; blanks before its first word go."""
         if section != self._section:
-            self.end()
-            self._section = section
             text = text.lstrip()
-        self.console.print(Text(plain(text), style=style), end="", soft_wrap=True)
+            if not text:
+                return
+            self._close()
+            self._section = section
+        if text:
+            self.console.print(Text(plain(text), style=style), end="", soft_wrap=True)
 
     def _line(self, text: Text) -> None:
         self._break()

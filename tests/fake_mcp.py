@@ -127,9 +127,14 @@ def hostile() -> Server[Any]:
             "²": True,
             "": {"type": {"a": 1}},
             "loop": {"$ref": "#/$defs/Loop"},
+            "wide": {"$ref": "#/$defs/Wide"},
         },
         "required": ["a-b", "from", "missing"],
-        "$defs": {"Deep": {"anyOf": [{"type": "object"}, {"type": "null"}]}, "Loop": {"$ref": "#/$defs/Loop"}},
+        "$defs": {
+            "Deep": {"anyOf": [{"type": "object"}, {"type": "null"}]},
+            "Loop": {"$ref": "#/$defs/Loop"},
+            "Wide": {"anyOf": [{"$ref": "#/$defs/Wide"}] * 9},
+        },
     }
     many = {"type": "object", "properties": {f"x{n}" * 30: {} for n in range(1000)}}
     tools = [
@@ -146,6 +151,16 @@ def hostile() -> Server[Any]:
         types.Tool(name="a" * 500, title=" \n ", input_schema=many),
         types.Tool(name="a" * 400, input_schema=many),
         types.Tool(name="", input_schema=anything),
+        types.Tool(name="list", input_schema={"type": "object", "properties": [1], "required": 5, "$defs": 3}),
+        types.Tool(
+            name="wrong",
+            input_schema={
+                "type": "object",
+                "properties": {"a": {"anyOf": 5}, "b": {"anyOf": {"c": 1}}, "d": {"$ref": "#/a/b/c"}, "e": []},
+                "required": [["a"], {"b": 1}, "e"],
+                "$defs": {"x": {"anyOf": [{"$ref": "#/$defs/x"}] * 9}},
+            },
+        ),
         types.Tool(name="picture", input_schema=anything),
         types.Tool(name="asks", input_schema=anything),
     ]

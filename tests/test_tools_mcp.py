@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def hostile() -> dict[str, Tool]:
 
 def test_a_server_cannot_write_into_the_prompt(hostile: dict[str, Tool]) -> None:
     """Names and titles stand in the prompt of every question: one line, plain words, no one else's name."""
-    assert len(hostile) == 3 + 15
+    assert len(hostile) == 3 + 17
     labels = [each.switch for each in hostile.values()]
     names = [each.name for each in hostile.values()]
     assert len(set(labels)) == len(set(names)) == len(hostile)
@@ -188,10 +189,11 @@ def test_standard_tools_stay_who_they_are(hostile: dict[str, Tool]) -> None:
 def test_odd_arguments_do_not_break_a_server(hostile: dict[str, Tool]) -> None:
     """Names that Python or our API line cannot hold, two that become the same, references without end."""
     evil = next(each for each in hostile.values() if each.switch.startswith("Calculator eom"))
-    assert list(evil.parameters) == ["a_b", "from_", "a_b_3", "argument_4", "_", "loop"]
+    assert list(evil.parameters) == ["a_b", "from_", "a_b_3", "argument_4", "_", "loop", "wide"]
     assert evil.required == ["a_b", "from_"]
     (text,) = gives(f'{evil.name}("1", "{{}}", "3", "x", "", "y")', hostile)
     assert text.startswith("[('a-b', 1), ('a_b', 3), ('from', {}), ('loop', 'y'), ('²', 'x')]")
+    assert (hostile["list"].api, hostile["wrong"].api) == ("List(request)", "Wrong(e)")
     many = next(each for each in hostile.values() if each.key.startswith("aaa"))
     assert len(many.parameters) == 32
 
@@ -247,8 +249,11 @@ def test_an_error_of_one_call_keeps_the_server(plain: dict[str, Tool]) -> None:
     assert gives('Process("")', plain) == before
 
 
-def test_a_server_over_http_that_comes_back() -> None:
-    """The user restarts the server; the chat goes on."""
+@pytest.mark.parametrize("mode", ["auto", "legacy"])
+@pytest.mark.parametrize("called", [True, False])
+def test_a_server_over_http_that_comes_back(mode: str, called: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user restarts the server, whatever it remembers of its clients; the chat goes on."""
+    monkeypatch.setattr(client.mcp, "Client", partial(client.mcp.Client, mode=mode))
     words = [sys.executable, str(SERVER), "--port"]
     with subprocess.Popen([*words, "0"], stdout=subprocess.PIPE, text=True) as first:
         assert first.stdout is not None
@@ -256,10 +261,11 @@ def test_a_server_over_http_that_comes_back() -> None:
         tools = by_key(connect(f"http://127.0.0.1:{port}/mcp"))
         assert gives('GetTime("")', tools) == ["noon"]
         first.kill()
-    (error,) = gives('GetTime("")', tools)
-    assert error.startswith("!127.0.0.1 failed: ")
+    if called:
+        assert gives('GetTime("")', tools)[0].startswith("!127.0.0.1 failed: ")
     with subprocess.Popen([*words, port], stdout=subprocess.PIPE, text=True) as second:
         assert second.stdout is not None and second.stdout.readline()
+        assert called or gives('GetTime("")', tools)
         assert gives('GetTime("")', tools) == ["noon"]
         second.terminate()
 

@@ -53,7 +53,7 @@ CLOSE_SECONDS = 8.0  # a program that does not leave when it is told to is kille
 MAX_TOOLS = 64  # of a server
 MAX_ARGUMENTS = 32  # of a tool
 _RUNNERS = re.compile(r"(python|pipx|uvx?|node|npx|bunx?|deno)[\d.]*$")  # programs that run what is named next
-CLOSED = types.CONNECTION_CLOSED  # the code of the error where a server has left
+LOST = (types.CONNECTION_CLOSED, types.INVALID_REQUEST, types.METHOD_NOT_FOUND)  # errors where a server began anew
 KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
 _RESERVED = {"thoughts", "Inner thoughts", "all", "none", "None", *SWITCHES}  # what no tool of a server is called
 _RESERVED |= {name for switch in SWITCHES.values() for name in (switch.label, switch.api.split("(")[0])}
@@ -219,7 +219,7 @@ class _Server:
         try:
             return await client.call_tool(name, arguments, progress_callback=tell)
         except Exception as error:
-            if connection is self._now and not (isinstance(error, mcp.MCPError) and error.code != CLOSED):
+            if connection is self._now and not (isinstance(error, mcp.MCPError) and error.code not in LOST):
                 self._drop()
             raise
 
@@ -282,9 +282,9 @@ def _block(block: types.ContentBlock) -> str:
 
 def _tool(server: _Server, described: types.Tool, used: Collection[str]) -> Tool:
     """A server's tool as one of ours."""
-    schema = described.input_schema or {}
-    properties = {str(name): form for name, form in (schema.get("properties") or {}).items()}
-    required = [name for name in schema.get("required") or () if name in properties]
+    schema = described.input_schema
+    properties = {str(name): form for name, form in _dict(schema.get("properties")).items()}
+    required = [name for name in properties if name in _list(schema.get("required"))]
     order = [*required, *(name for name in properties if name not in required)][:MAX_ARGUMENTS]
     theirs = _identifiers(order)
 
@@ -307,7 +307,7 @@ def _tool(server: _Server, described: types.Tool, used: Collection[str]) -> Tool
         ]
     )
     arguments = {ours: properties[name] for ours, name in theirs.items() if isinstance(properties[name], dict)}
-    definitions = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    definitions = {name: schema[name] for name in ("$defs", "definitions") if _dict(schema.get(name))}
     key, name = _names(server.target.name, described.name, used)
     words = re.findall(r"[\w'()+/&-]+", described.title or described.name.replace("_", " "))
     label = " ".join(words)[:40].strip()
@@ -342,7 +342,7 @@ def _identifiers(names: Iterable[str]) -> dict[str, str]:
 
 def _kind(form: Any, schema: Mapping[str, Any]) -> type:
     """The type that an argument of this form is given as: text, where text fits or nothing is said."""
-    kinds = _kinds(form, schema, 8)
+    kinds = _kinds(form, schema, 6)
     return str if str in kinds or not kinds else kinds[0]
 
 
@@ -354,15 +354,24 @@ def _kinds(form: Any, schema: Mapping[str, Any], depth: int) -> list[type]:
     if isinstance(reference, str):
         place: Any = schema
         for step in reference.removeprefix("#/").split("/"):
-            place = place.get(step) if isinstance(place, dict) else None
+            place = _dict(place).get(step)
         return _kinds(place, schema, depth - 1)
     given = form.get("type")
-    names = given if isinstance(given, list) else [given]
-    found = [KINDS[name] for name in names if isinstance(name, str) and name in KINDS]
+    found = [KINDS[name] for name in _list(given) or [given] if isinstance(name, str) and name in KINDS]
     for key in ("anyOf", "oneOf", "allOf"):
-        for each in (form.get(key) or ())[:8]:
+        for each in _list(form.get(key))[:4]:
             found += _kinds(each, schema, depth - 1)
     return found
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    """What a server says is an object, if it is one."""
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    """What a server says is a list, if it is one."""
+    return value if isinstance(value, list) else []
 
 
 def _reason(error: BaseException) -> str:
