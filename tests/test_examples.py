@@ -1,4 +1,4 @@
-"""The notebooks in examples/ are run as a reader would: offline, with the bundled model.
+"""What stands in examples/ is run as a reader would: offline, with the bundled model.
 
 What the model says is not compared: another model says it in other words. What kind of thing each cell shows is.
 """
@@ -6,6 +6,7 @@ What the model says is not compared: another model says it in other words. What 
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import nbformat
@@ -15,6 +16,8 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
 from examples.run import execute
+from moss import __main__ as cli
+from moss.tools.own import load_tools
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -78,3 +81,45 @@ def test_the_talk_shows_the_whole_interface():
     assert re.fullmatch(r"<moss\.Chat with moss-nano, \d+\.\dM parameters as \w+, 0 turns>", loaded)
     streamed = next(out for source, out in shown.items() if "chat.stream(" in source)
     assert re.search(r"\[Calculate: \d+\]\n.*\d+ tokens\n", streamed, re.S), streamed
+
+
+# --------------------------------------------------------------------------------------------------- tools of one's own
+
+OWN = ROOT / "examples" / "own_tool.py"
+
+
+def test_the_lines_at_the_head_of_the_tools_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
+    """The first thing that a reader copies."""
+    (tmp_path / "sky.md").write_text("About roofs.\n\nThe sky is blue\nbecause of Rayleigh.", encoding="utf-8")
+    (tmp_path / "other.txt").write_text("A blue house.\n", encoding="utf-8")
+    (tmp_path / "not.pdf").write_bytes(b"blue sky")
+    lines = re.findall(r"^    (?:NOTES=\S+ )?moss (.*)", OWN.read_text(encoding="utf-8"), re.M)
+    assert [shlex.split(line)[0] for line in lines] == ["tool", "chat"]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("NOTES", str(tmp_path))
+    assert cli.main(shlex.split(lines[0])) == 0
+    assert capfd.readouterr().out == 'DaysBetween("2024-02-28", "2024-03-01") =>\n2 days\n'
+    assert cli.main([*shlex.split(lines[1]), "-p", "What is 37*12?", "--json"]) == 0
+    assert '"results": "Calculate(\\"37*12\\") => 444"' in capfd.readouterr().out
+    assert (
+        cli.main(["tool", "--tools-from", str(OWN), 'FindNote("blue sky"), FindNote("roofs.", "1"), FindNote("x")'])
+        == 1
+    )
+    out, err = capfd.readouterr()
+    assert out == (
+        "FindNote(\"blue sky\") =>\n<|1|>: 'The sky is blue because of Rayleigh.'\n<|2|>: 'A blue house.'\n"
+        'FindNote("roofs.", "1") =>\n<|3|>: \'About roofs.\'\nFindNote("x") =>\nNo result.\n'
+    )
+    assert err == "moss tool: FindNote: nothing found\n"
+
+
+def test_the_tools_say_what_to_mend(monkeypatch: pytest.MonkeyPatch, capfd):
+    """An example of a tool is also one of its errors."""
+    monkeypatch.delenv("NOTES", raising=False)
+    assert cli.main(["tool", "--tools-from", str(OWN), 'DaysBetween("tomorrow"), FindNote("x")']) == 1
+    assert capfd.readouterr().err.splitlines() == [
+        "moss tool: DaysBetween: 'tomorrow' is no date; write it as 2024-02-28",
+        "moss tool: FindNote: set NOTES to the folder with your notes, files in .md or .txt",
+    ]
+    days = load_tools(OWN)["days_between"]
+    assert days.api == "DaysBetween(first)" and str(days("2024-01-01")).endswith(" days")
