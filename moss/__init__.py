@@ -42,7 +42,7 @@ _PUBLIC = {
     "tool": "moss.tools.base",
     **dict.fromkeys(
         ("Event", "Thoughts", "Command", "ToolStarted", "ToolProgress", "ToolDone", "Reply", "Notice", "Error", "Done"),
-        "moss.tools.run",
+        "moss.tools.events",
     ),
 }
 
