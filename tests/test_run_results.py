@@ -252,6 +252,65 @@ def test_a_round_that_grows_when_it_is_read_again_is_left_out(nano: Tokenizer) -
     assert "left out" in "".join(event.text for event in events if isinstance(event, Notice))
 
 
+class Erratic(ScriptedEngine):
+    """A model that writes anything, within what its length leaves, and now and then ids at random."""
+
+    def __init__(self, tok: Tokenizer, noise: random.Random, max_length: int) -> None:
+        super().__init__([], max_length=max_length)
+        self.tok, self.noise = tok, noise
+
+    def submit(self, prompt: Sequence[int], *args: Any, **kwargs: Any) -> Stream:
+        tok, noise = self.tok, self.noise
+        assert len(prompt) < self.max_length
+        written = [noise.randrange(tok.vocab_size) for _ in range(300)]
+        if list(prompt[-len(tok.opening("<|MOSS|>")) :]) == tok.opening("<|MOSS|>"):
+            written = ids(tok, " ok<eom>")
+        elif noise.random() < 0.9:
+            heads = [
+                f'{noise.choice(["Search", "Write", "Nope"])}("{odd(noise, 20)}")' for _ in range(noise.randrange(7))
+            ]
+            opening = ids(tok, "<|Inner Thoughts|>:") if self.prompts and tok.single_roles else []
+            thoughts = tok.encode(" " + odd(noise, noise.choice([5, 50, 400])))
+            written = [*opening, *thoughts, *ids(tok, "<eot>\n<|Commands|>: "), *tok.encode(", ".join(heads))]
+            written += tok.marker("<eoc>")
+        self.answers = [written[: self.max_length - len(prompt)]]
+        return super().submit(prompt, *args, **kwargs)
+
+
+def odd(noise: random.Random, most: int) -> str:
+    """A text of words in several scripts, markers and blanks."""
+    return "".join(
+        noise.choice(["word ", "山", "😀", "<|MOSS|>:", "<eom>", "\n", "9", "\x00", "'"]) for _ in range(most)
+    )
+
+
+def test_whatever_the_model_and_the_tools_write(nano: Tokenizer, released: Tokenizer) -> None:
+    """A turn that has begun ends with `Done`, and no prompt is longer than the model."""
+    noise = random.Random(5)
+    for _ in range(60):
+        tok = noise.choice([nano, released])
+        found = odd(noise, noise.choice([5, 100, 2000]))
+        tools = {"search": searching(*[found] * noise.randrange(12)), "write": writing(found)}
+        before = [Turn(odd(noise, 60), [Round()], odd(noise, 60)) for _ in range(noise.randrange(8))]
+        switches = {"thoughts": True, "search": True, "write": True}
+        asked = Dialog("Be kind.", switches, [*before, Turn("q" + odd(noise, noise.choice([3, 60, 200])))])
+        engine = Erratic(tok, noise, noise.choice([600, 1024, 2048]) * (1 if tok is nano else 2))
+        options = Options(
+            Sampling(max_tokens=noise.choice([100, 512])), grammar=False, quality=noise.choice([None, 80])
+        )
+        events = list(answer(asked, engine, tok, tools, options))
+        assert isinstance(events[-1], Done) or not engine.prompts, events[-1]
+
+
+def test_a_question_that_just_fits_gets_its_reply(nano: Tokenizer) -> None:
+    """The prompt of the reply is a little longer than that of the thoughts: the answer was an error after a while."""
+    for number in range(500, 640):
+        question = "word " * number
+        events, engine = turn(nano, {"write": writing("x" * 500)}, ['Write("x")'], question=question, max_length=1024)
+        assert isinstance(events[-1], Done) or not engine.prompts
+    assert isinstance(events[-1], Error)
+
+
 def test_a_question_that_is_too_long_is_still_an_error(nano: Tokenizer) -> None:
     """What the user can mend has to be said."""
     events, engine = turn(nano, {"write": writing("x")}, [], question="word " * 2000, max_length=1024)

@@ -231,7 +231,7 @@ class _Turn:
         form: Any = {"until": until, "switches": self.lines, "form": self.options.form}
         while True:
             limit = self._limit
-            if self.turn.rounds:
+            if self.num_passes:
                 limit = max(limit, min(self._most, self._alone(until)))
             try:
                 self.dialog, dropped = trim(self.dialog, self.tok, limit, **form)
