@@ -21,7 +21,10 @@ from moss.files import replacing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "tokenizers", "llguidance", "safetensors", "rich", "jsonargparse", "sympy")
+PACKAGES = (
+    *("torch", "tokenizers", "llguidance", "safetensors", "rich", "jsonargparse", "sympy", "httpx2"),
+    *("tantivy", "trafilatura"),
+)
 
 
 def begin(name: str) -> dict[str, Any]:

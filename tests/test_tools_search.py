@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import socket
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.search import SETS, generated, of_index, quality
 from moss.chat import SWITCHES, Dialog, Round, Turn, render
 from moss.resolve import load
 from moss.tools import extract, places, search
@@ -22,8 +22,7 @@ from moss.tools.base import Source, ToolError, on_progress, prepare, standard_to
 from moss.tools.calls import ITEM_LIMIT, Call, Outcome, format_results, numbered, run_calls
 from moss.tools.entries import markdown_pages
 from moss.tools.index import Entry, Index
-from moss.tools.textrank import is_chinese, summarize
-from moss.tools.words import terms
+from moss.tools.textrank import is_chinese
 from tests.fake_web import FakeWeb, answer, page, told
 
 ROOT = Path(__file__).parents[1]
@@ -428,20 +427,23 @@ def test_what_it_needs_is_started_before(monkeypatch: pytest.MonkeyPatch) -> Non
 # ------------------------------------------------------------------------------------------------------- quality
 
 
-@pytest.mark.parametrize("name", ["dev", "test"])
+@pytest.mark.parametrize("name", SETS)
 def test_questions_of_people_are_answered(name: str) -> None:
     """Prevents a change of the words, the rank or the pages that finds and keeps less: of questions such as people
     ask, most of them without a word of the title, nine of ten must find their page and keep the answer."""
-    lines = (ROOT / "benchmarks" / "search" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    found = kept = plain = across = 0
-    for row in rows:
-        pages = places.encyclopedia().search(row["question"], places.PAGES)
-        found += any(each.title in row["titles"] for each in pages)
-        texts = [summarize(each.text, limit=ITEM_LIMIT, query=row["question"]).lower() for each in pages]
-        kept += any(words.lower() in text for words in row["answer"] for text in texts)
-        plain += not set(terms(row["question"])) & set(terms(" ".join(row["titles"])))
-        across += all(is_chinese(title) != (row["lang"] == "zh") for title in row["titles"])
-    assert len(rows) >= 120 and plain >= len(rows) / 2 and across >= 15
-    assert found >= 0.9 * len(rows)
-    assert kept >= 0.9 * len(rows)
+    groups = quality(name)
+    whole, across = groups["all"], groups["across languages"]
+    assert whole["questions"] >= 120 and across["questions"] >= 15
+    assert whole["without_a_word_of_the_title"] >= 0.5
+    assert whole["right_page_in_top_3"] >= 0.9
+    assert whole["summary_keeps_answer"] >= 0.9
+    assert groups["en"]["questions"] + groups["zh"]["questions"] == whole["questions"]
+    assert across["without_a_word_of_the_title"] == 1
+
+
+def test_the_benchmark_sees_what_is_found(tmp_path: Path) -> None:
+    """Prevents figures of an index that finds nothing, and pages that differ from run to run."""
+    figures = of_index(tmp_path / "index", 400)
+    assert figures["page_in_top_3"] > 0.9 and figures["pages"] == 400
+    assert list(generated(4)) == list(generated(4))
+    assert [is_chinese(entry.text) for entry in generated(4)] == [False, True, False, True]

@@ -24,19 +24,19 @@ def _kind(weight: float, asks: str, looks: str) -> Kind:
     return Kind(weight, re.compile(asks, re.IGNORECASE), re.compile(looks))
 
 
-_NUMBER = r"\d[\d,.]{0,20} ?(?:million |billion |thousand |Earth )?"
+_NUMBER = r"(?<!\d)\d[\d,.]{0,20} ?(?:million |billion |thousand |Earth )?"
 KINDS = (
     _kind(
         0.7,
         r"\b(height|high|tall|length|long|depth|deep|width|wide|diameter|distance|far|size|big|large|tallest|longest)\b"
         r"|多[高长深宽远大]|[高长深宽]度|直径|距离|海拔|身高|体型|大小|总长|全长",
         _NUMBER + r"(?:metres|kilometres|centimetres|millimetres|meters|kilometers|km|cm|mm|m|feet|miles|light-years)\b"
-        r"|\d[\d.]*[万亿多余]*(?:米|千米|公里|厘米|毫米|光年)",
+        r"|(?<!\d)\d[\d.]{0,20}[万亿多余]{0,4}(?:米|千米|公里|厘米|毫米|光年)",
     ),
     _kind(
         0.7,
         r"\b(weight|weigh|weighs|heavy|mass)\b|多重|[重质]量|体重",
-        _NUMBER + r"(?:kilograms?|tonnes?|grams?|kg|pounds)\b|\d[\d.]*[万亿多余]*(?:千克|公斤|吨|克)",
+        _NUMBER + r"(?:kilograms?|tonnes?|grams?|kg|pounds)\b|(?<!\d)\d[\d.]{0,20}[万亿多余]{0,4}(?:千克|公斤|吨|克)",
     ),
     _kind(0.7, r"\b(speed|fast)\b|速度|多快", r"\b(?:per|an|a) (?:hour|second|minute)\b|每(?:小时|秒|分)|时速"),
     _kind(0.7, r"\barea\b|面积", r"\bsquare (?:kilo)?(?:metres|miles)\b|平方"),
@@ -50,7 +50,7 @@ KINDS = (
         r"\b(age|old|lifespan|live|lives|period|pregnancy|pregnant|lasts?|takes?|how long)\b"
         r"|寿命|多久|多长时间|历史|怀孕|周期|活|时间",
         _NUMBER + r"(?:years?|days?|months?|weeks?|hours?|minutes?|seconds?)\b"
-        r"|\d[\d.]*[万亿多余]*个?(?:年|天|月|小时|分钟|地球日|周|秒)",
+        r"|(?<!\d)\d[\d.]{0,20}[万亿多余]{0,4}个?(?:年|天|月|小时|分钟|地球日|周|秒)",
     ),
     _kind(0.7, r"\b(population|inhabitants)\b|人口", r"\b(?:million|billion)\b|人口|万人"),
     _kind(
@@ -76,18 +76,19 @@ KINDS = (
         r"\b(who(se|m)?|inventor|invented by|founder|designer|architect|painter|composer|author|discoverer)\b"
         r"|\bwhich (\w+ )?(man|woman|person|king|queen|emperor|scientist|doctor|physician|poet|writer|explorer)\b"
         r"|谁|哪位|何人|发明者|发明人|设计师|设计者|创始人|作者|作曲",
-        r"(?<!^)\b[A-Z][\w'é]+ (?:[a-z]+ )?[A-Z][\w'é]+|·",
+        r"(?<!^)\b[A-Z][\w'é]{1,30} (?:[a-z]{1,30} )?[A-Z][\w'é]|·",
     ),
     _kind(
         0.4,
         r"\b(when|years?|(what|which) date|century|birth|death|born|died|opening|founded|invention|discovery)\b"
-        r"|[哪几]年|何时|什么时候|年份|世纪|时间|出生|去世|逝世",
+        r"|[哪几]一?年|何[时年]|什么时候|年份|世纪|时间|出生|去世|逝世",
         r"(?<!\d)\d{3,4}(?!\d)|\bcentury\b|世纪",
     ),
     _kind(
         0.4,
         r"\bhow (many|much)\b|\b(number|percentage|amount)\b|多少|几|数量",
-        r"\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|twelve|hundred|thousand)\b|[一两二三四五六七八九十百千]",
+        r"\d|\b(?:one|two|three|four|five|six|seven|eight|nine|ten|twelve|half|hundred|thousand|million|billion)\b"
+        r"|[一两二三四五六七八九十百千]",
     ),
 )
 
