@@ -9,6 +9,7 @@ sentences to keep the right one: "depth" and "deep" are different words, but bot
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -24,19 +25,19 @@ def _kind(weight: float, asks: str, looks: str) -> Kind:
     return Kind(weight, re.compile(asks, re.IGNORECASE), re.compile(looks))
 
 
-_NUMBER = r"(?<!\d)\d[\d,.]{0,20} ?(?:million |billion |thousand |Earth )?"
+_NUMBER = r"(?<![\d.,])\d[\d,.]{0,20} ?(?:million |billion |thousand |Earth )?"
 KINDS = (
     _kind(
         0.7,
         r"\b(height|high|tall|length|long|depth|deep|width|wide|diameter|distance|far|size|big|large|tallest|longest)\b"
         r"|多[高长深宽远大]|[高长深宽]度|直径|距离|海拔|身高|体型|大小|总长|全长",
         _NUMBER + r"(?:metres|kilometres|centimetres|millimetres|meters|kilometers|km|cm|mm|m|feet|miles|light-years)\b"
-        r"|(?<!\d)\d[\d.]{0,20}[万亿多余]{0,4}(?:米|千米|公里|厘米|毫米|光年)",
+        r"|(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}(?:米|千米|公里|厘米|毫米|光年)",
     ),
     _kind(
         0.7,
         r"\b(weight|weigh|weighs|heavy|mass)\b|多重|[重质]量|体重",
-        _NUMBER + r"(?:kilograms?|tonnes?|grams?|kg|pounds)\b|(?<!\d)\d[\d.]{0,20}[万亿多余]{0,4}(?:千克|公斤|吨|克)",
+        _NUMBER + r"(?:kilograms?|tonnes?|grams?|kg|pounds)\b|(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}(?:千克|公斤|吨|克)",
     ),
     _kind(0.7, r"\b(speed|fast)\b|速度|多快", r"\b(?:per|an|a) (?:hour|second|minute)\b|每(?:小时|秒|分)|时速"),
     _kind(0.7, r"\barea\b|面积", r"\bsquare (?:kilo)?(?:metres|miles)\b|平方"),
@@ -50,7 +51,7 @@ KINDS = (
         r"\b(age|old|lifespan|live|lives|period|pregnancy|pregnant|lasts?|takes?|how long)\b"
         r"|寿命|多久|多长时间|历史|怀孕|周期|活|时间",
         _NUMBER + r"(?:years?|days?|months?|weeks?|hours?|minutes?|seconds?)\b"
-        r"|(?<!\d)\d[\d.]{0,20}[万亿多余]{0,4}个?(?:年|天|月|小时|分钟|地球日|周|秒)",
+        r"|(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}个?(?:年|天|月|小时|分钟|地球日|周|秒)",
     ),
     _kind(0.7, r"\b(population|inhabitants)\b|人口", r"\b(?:million|billion)\b|人口|万人"),
     _kind(
@@ -95,6 +96,10 @@ KINDS = (
 
 def of_its_kind(question: str, sentence: str) -> float:
     """How much a sentence looks like one that holds what the question asks for; 0 where nothing speaks for it."""
-    return max(
-        (kind.weight for kind in KINDS if kind.asks.search(question) and kind.looks.search(sentence)), default=0.0
-    )
+    return max((kind.weight for kind in _kinds(question) if kind.looks.search(sentence)), default=0.0)
+
+
+@lru_cache(maxsize=16)
+def _kinds(question: str) -> list[Kind]:
+    """What a question asks for; looked up once for all sentences of a page."""
+    return [kind for kind in KINDS if kind.asks.search(question)]
