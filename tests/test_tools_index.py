@@ -71,6 +71,13 @@ def test_two_characters_are_a_word() -> None:
     assert titles(index, "地铁") == titles(index, "unheard") == titles(index, "!?") == titles(index, "") == []
 
 
+def test_a_title_of_one_character() -> None:
+    """Prevents a page about gold from standing behind all that mention it: its title is in no pair of characters."""
+    index = Index.of([page("金", "一种金属。"), page("银", "不是金，是另一种金属。"), page("金属", "金属有很多种。")])
+    assert titles(index, "什么是金？")[0] == "金"
+    assert titles(index, "金的颜色")[0] == "金"
+
+
 def test_small_words_alone_are_asked_for() -> None:
     """Prevents a question that finds nothing because all of its words are in every question."""
     index = Index.of(
@@ -95,7 +102,7 @@ def test_a_twin_is_of_the_other_language() -> None:
         [
             page("Garden", "苗圃和花园里种了很多花。", "soil"),
             page("soil", "What plants stand in."),
-            page("花", "花很美。"),
+            page("鲜花", "花很美。"),
         ]
     )
     assert titles(index, "花园")[0] == "Garden"

@@ -37,7 +37,8 @@ KINDS = (
     _kind(
         0.7,
         r"\b(weight|weigh|weighs|heavy|mass)\b|多重|[重质]量|体重",
-        _NUMBER + r"(?:kilograms?|tonnes?|grams?|kg|pounds)\b|(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}(?:千克|公斤|吨|克)",
+        _NUMBER
+        + r"(?:kilograms?|tonnes?|grams?|kg|pounds)\b|(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}(?:千克|公斤|吨|克)",
     ),
     _kind(0.7, r"\b(speed|fast)\b|速度|多快", r"\b(?:per|an|a) (?:hour|second|minute)\b|每(?:小时|秒|分)|时速"),
     _kind(0.7, r"\barea\b|面积", r"\bsquare (?:kilo)?(?:metres|miles)\b|平方"),

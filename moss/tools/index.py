@@ -146,7 +146,8 @@ class Index:
             for name, weight in FIELDS.items()
             for term in asked
         ]
-        for name in set(re.findall("[\u3400-\u9fff]", question[:MAX_TERMS])):  # in no pair, and perhaps no word either
+        # a title of one character is in no pair, and the character in the question perhaps no word
+        for name in dict.fromkeys(re.findall("[\u3400-\u9fff]", question[:MAX_TERMS])):
             title = tantivy.Query.term_query(self._index.schema, "title", name)
             wanted.append((tantivy.Occur.Should, tantivy.Query.boost_query(title, SINGLE)))
         chinese = is_chinese(question)
