@@ -25,6 +25,7 @@ def _kind(weight: float, asks: str, looks: str) -> Kind:
     return Kind(weight, re.compile(asks, re.IGNORECASE), re.compile(looks))
 
 
+_CHINESE_NUMBER = r"(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}"
 _NUMBER = r"(?<![\d.,])\d[\d,.]{0,20} ?(?:million |billion |thousand |Earth )?"
 KINDS = (
     _kind(
@@ -32,13 +33,12 @@ KINDS = (
         r"\b(height|high|tall|length|long|depth|deep|width|wide|diameter|distance|far|size|big|large|tallest|longest)\b"
         r"|多[高长深宽远大]|[高长深宽]度|直径|距离|海拔|身高|体型|大小|总长|全长",
         _NUMBER + r"(?:metres|kilometres|centimetres|millimetres|meters|kilometers|km|cm|mm|m|feet|miles|light-years)\b"
-        r"|(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}(?:米|千米|公里|厘米|毫米|光年)",
+        r"|" + _CHINESE_NUMBER + r"(?:米|千米|公里|厘米|毫米|光年)",
     ),
     _kind(
         0.7,
         r"\b(weight|weigh|weighs|heavy|mass)\b|多重|[重质]量|体重",
-        _NUMBER
-        + r"(?:kilograms?|tonnes?|grams?|kg|pounds)\b|(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}(?:千克|公斤|吨|克)",
+        _NUMBER + r"(?:kilograms?|tonnes?|grams?|kg|pounds)\b|" + _CHINESE_NUMBER + r"(?:千克|公斤|吨|克)",
     ),
     _kind(0.7, r"\b(speed|fast)\b|速度|多快", r"\b(?:per|an|a) (?:hour|second|minute)\b|每(?:小时|秒|分)|时速"),
     _kind(0.7, r"\barea\b|面积", r"\bsquare (?:kilo)?(?:metres|miles)\b|平方"),
@@ -52,7 +52,7 @@ KINDS = (
         r"\b(age|old|lifespan|live|lives|period|pregnancy|pregnant|lasts?|takes?|how long)\b"
         r"|寿命|多久|多长时间|历史|怀孕|周期|活|时间",
         _NUMBER + r"(?:years?|days?|months?|weeks?|hours?|minutes?|seconds?)\b"
-        r"|(?<![\d.,])\d[\d.]{0,20}[万亿多余]{0,4}个?(?:年|天|月|小时|分钟|地球日|周|秒)",
+        r"|" + _CHINESE_NUMBER + r"个?(?:年|天|月|小时|分钟|地球日|周|秒)",
     ),
     _kind(0.7, r"\b(population|inhabitants)\b|人口", r"\b(?:million|billion)\b|人口|万人"),
     _kind(
