@@ -179,6 +179,15 @@ def test_ctrl_c_in_the_middle_of_a_call(tok: Tokenizer, waits: Tool) -> None:
     assert time.monotonic() - started < 5
 
 
+def test_the_time_of_a_turn_is_also_that_of_its_tools(tok: Tokenizer, waits: Tool) -> None:
+    """A limit of half a second meant nothing to a tool that may take thirty."""
+    started = time.monotonic()
+    events, _ = turn(tok, {"wait": waits}, ['Wait("x")'], sampling=Sampling(time_limit=0.5))
+    assert time.monotonic() - started < 5
+    (error,) = [event.error for event in events if isinstance(event, ToolDone)]
+    assert error.startswith("Wait took more than 0.")
+
+
 # -------------------------------------------------------------------------------------------------------------- room
 
 ENGLISH = "The mountain is 8849 metres high, and its name means something else in every language. " * 20

@@ -13,6 +13,7 @@ import asyncio
 import contextvars
 import inspect
 import json
+import math
 import queue
 import re
 import threading
@@ -251,12 +252,17 @@ def run_calls(
 
 
 def stream_calls(
-    calls: Sequence[Call], tools: Mapping[str, Tool], enabled: Collection[str] | None = None, *, room: int = 0
+    calls: Sequence[Call],
+    tools: Mapping[str, Tool],
+    enabled: Collection[str] | None = None,
+    *,
+    room: int = 0,
+    seconds: float = math.inf,
 ) -> Iterator[tuple[int, Outcome | str]]:
     """Like `run_calls`, yielding (index, outcome) as each call ends, and (index, text) where a tool tells its progress.
 
-    A call that outlives its tool's deadline has an outcome that says so; whatever it does after is ignored, and so
-    is everything once this iterator is closed.
+    A call that outlives its tool's deadline, or `seconds`, has an outcome that says so; whatever it does after is
+    ignored, and so is everything once this iterator is closed.
     """
     news: queue.SimpleQueue[tuple[int, Outcome | str]] = queue.SimpleQueue()
     waiting: dict[int, tuple[Tool, threading.Thread, float]] = {}
@@ -279,15 +285,16 @@ def stream_calls(
                 continue
             run, job = contextvars.copy_context().run, (work, chosen, call, index)
             thread = threading.Thread(target=run, args=job, daemon=True, name=chosen.key)
-            waiting[index] = (chosen, thread, time.monotonic() + chosen.seconds)
+            waiting[index] = (chosen, thread, time.monotonic() + min(chosen.seconds, seconds))
             thread.start()
         while waiting:
             for index, (late, thread, deadline) in list(waiting.items()):
                 if time.monotonic() >= deadline and (thread.is_alive() or news.empty()):
                     _give_up(late, thread)
                     del waiting[index]
-                    reason = f"{late.name} took more than {late.seconds:g} s"
-                    yield index, Outcome(False, error=reason, seconds=late.seconds)
+                    allowed = min(late.seconds, seconds)
+                    reason = f"{late.name} took more than {allowed:.3g} s"
+                    yield index, Outcome(False, error=reason, seconds=allowed)
             if not waiting:
                 break
             patience = min(deadline for _, _, deadline in waiting.values()) - time.monotonic()

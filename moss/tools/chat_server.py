@@ -207,7 +207,7 @@ class _ChatTurn:
         """Let the server speak once and pass on what it says."""
         said, number, begins = _Said(self.server), len(self.turn.rounds), True
         limit = self.options.sampling.time_limit
-        left = None if limit is None else max(limit - (time.perf_counter() - self.started), 0.001)
+        left = None if limit is None else run.time_left(limit, self.started)
         try:
             events = self.server.events("/chat/completions", self._body(may_call), said.read, left)
             with contextlib.closing(events):
@@ -262,7 +262,8 @@ class _ChatTurn:
         started = time.perf_counter()
         share = self.server.max_length // 2 ** (len(self.turn.rounds) + 1)  # characters; a token or more each
         limit = share // max(1, min(len(calls), MAX_CALLS))
-        outcomes = yield from run.work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit)
+        seconds = run.time_left(self.options.sampling.time_limit, self.started)
+        outcomes = yield from run.work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit, seconds)
         self.num_sources += sum(len(outcome.sources) for outcome in outcomes)
         self.tool_seconds += time.perf_counter() - started
         kept = [index for index, call in enumerate(calls) if not call.error]

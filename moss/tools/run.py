@@ -15,6 +15,7 @@ The last turn of `dialog` is the question; whatever else it holds is ignored. Cl
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -289,12 +290,11 @@ class _Turn:
     def _sampling(self, stops: frozenset[int]) -> Sampling:
         """The options' sampling for the next pass: its own seed, and what is left of the turn's time."""
         base, seed = self.options.sampling, self.options.seed
-        left = None if base.time_limit is None else base.time_limit - (time.perf_counter() - self.started)
         return replace(
             base,
             stop_ids=stops,
             seed=None if seed is None else seed * PASSES + self.num_passes,
-            time_limit=None if left is None else max(left, 0.001),
+            time_limit=None if base.time_limit is None else time_left(base.time_limit, self.started),
         )
 
     def _grammar(self, until: Until) -> Grammar | None:
@@ -335,7 +335,8 @@ class _Turn:
         # Two thirds of what is left are for later rounds. Older turns may have to go for a quarter of it all.
         tokens = min(left, max((self._limit - self.length) // 3, min(left // 2, self._limit // 4)))
         limit = self._characters(tokens) // max(1, min(len(calls), MAX_CALLS))
-        outcomes = yield from work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit)
+        seconds = time_left(self.options.sampling.time_limit, self.started)
+        outcomes = yield from work(calls, self.tools, self.enabled, first, self.num_sources + 1, limit, seconds)
         if not calls:
             return
         self.tool_seconds += time.perf_counter() - started
@@ -376,19 +377,20 @@ def work(
     first: int,
     first_source: int = 1,
     room: int = 0,
+    seconds: float = math.inf,
 ) -> Generator[Event, None, list[Outcome]]:
     """Run the calls of a round side by side; returns what became of each, in their order.
 
     `first` is the number of the first call in the turn, `first_source` that of the first source; `room` is how many
-    characters of each result the model will read. A call ends when its tool's deadline passes; closing this iterator
-    gives all of them up.
+    characters of each result the model will read. A call ends when its tool's deadline passes, or `seconds` do; closing
+    this iterator gives all of them up.
     """
     for index, call in enumerate(calls[:MAX_CALLS]):
         if isinstance(refusal(call, tools, enabled), Tool):
             yield ToolStarted(first + index, call.name)
     outcomes: dict[int, Outcome] = {}
     told: set[int] = set()
-    for index, news in stream_calls(calls, tools, enabled, room=room):
+    for index, news in stream_calls(calls, tools, enabled, room=room, seconds=seconds):
         if isinstance(news, str):
             yield ToolProgress(first + index, calls[index].name, news)
             continue
@@ -416,6 +418,11 @@ def _done(number: int, name: str, outcome: Outcome) -> ToolDone:
         for place, source in enumerate(outcome.sources, outcome.first)
     ]
     return ToolDone(number, name, outcome.ok, outcome.result, outcome.error, outcome.seconds, sources)
+
+
+def time_left(limit: float | None, started: float) -> float:
+    """How many seconds a turn has left, a very short time at least."""
+    return math.inf if limit is None else max(limit - (time.perf_counter() - started), 0.001)
 
 
 def left_out(turns: int) -> Notice:
