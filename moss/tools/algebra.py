@@ -55,7 +55,7 @@ def solve_text(text: str, unknown: str = "") -> str:
     except NoConvergence:
         raise ExpressionError("its roots could not be found") from None
     checked = [each for each in found if _holds(each, system, TOLERANCE)]
-    if len(checked) < len([each for each in found if _holds(each, system, DOUBTFUL)]):
+    if any(_holds(each, system, DOUBTFUL) for each in found if each not in checked):
         raise ExpressionError("the roots that were found do not fulfil the equations well enough")
     return _written(checked, system) if checked else NO_RESULT
 
@@ -118,14 +118,13 @@ def _linear(above: list[Any]) -> list[Solution] | None:
     """Put an unknown that stands only in a linear term into the other equations."""
     for expression in above:
         for x in _unknowns([expression]):
-            slope = sympy.diff(expression, x)
+            rest, terms = expression.as_independent(x, as_Add=True)
+            slope = sympy.Add(*(term / x for term in sympy.Add.make_args(terms)))
             if slope.free_symbols or _is_zero(slope):
                 continue
-            value = multiplied_out(x - expression / slope)
-            if value.has(x):
-                continue
+            value = multiplied_out(-rest / slope)
             others = [each.xreplace({x: value}) for each in above if each is not expression]
-            return [{x: multiplied_out(value.xreplace(rest)), **rest} for rest in _solutions(others)]
+            return [{x: multiplied_out(value.xreplace(more)), **more} for more in _solutions(others)]
     return None
 
 
@@ -365,7 +364,8 @@ def _shown(value: Any, *, decimal: bool) -> str:
 def _forms(value: Any, number: Any) -> Iterator[Any]:
     yield value
     yield sympy.expand(value)
-    real, imaginary = (exact(part, quadratic=not value.has(sympy.Float)) for part in (number.real, number.imag))
+    quadratic = not value.has(sympy.Float, sympy.pi)
+    real, imaginary = (exact(part, quadratic=quadratic) for part in (number.real, number.imag))
     if real is not None and imaginary is not None:
         yield real + imaginary * sympy.I
 

@@ -81,7 +81,9 @@ def _power_of_e(exponent: Any) -> Any:
 
 def numerator(expression: Any) -> Any:
     """What vanishes where the expression does, multiplied out."""
-    return multiplied_out(sympy.fraction(sympy.together(expression))[0])
+    if not expression.is_polynomial():
+        expression, _ = sympy.fraction(sympy.together(expression))
+    return multiplied_out(expression)
 
 
 def multiplied_out(expression: Any) -> Any:
