@@ -56,7 +56,8 @@ def original(row: dict[str, Any]) -> str | None:
 def ours(tool: str, argument: str) -> str | None:
     try:
         return calculate(argument) if tool.lower() == "calculate" else solve(argument)
-    except ToolError:
+    except ToolError as error:
+        assert not re.search("failed|crashed|forbidden", str(error)), argument  # a refusal was foreseen
         return None
 
 

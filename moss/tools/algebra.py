@@ -95,6 +95,8 @@ def warm_up() -> None:
 
 def _solutions(expressions: Sequence[Any]) -> list[Solution]:
     """All solutions; an unknown that is not settled is missing in them, or stands in the others' values."""
+    if any(each.has(sympy.zoo, sympy.nan, sympy.oo) for each in expressions):  # divided by what turned out to be 0
+        return []
     above = [numerator(each) for each in expressions]
     if not all(each.free_symbols or _is_zero(each) for each in above):
         return []
@@ -295,12 +297,13 @@ def _shortest(value: Any) -> Any:
 
 
 def _holds(solution: Solution, system: System, tolerance: Any) -> bool:
-    """Whether the values fulfil every equation as written; unknowns that stay free get some value."""
-    free = _unknowns(list(solution.values()))
-    given = {symbol: sympy.Rational(2 * k + 3, 7) for k, symbol in enumerate(free)}
+    """Whether the values fulfil every equation as written; unknowns that stay free, or cancel, get some value."""
+    others = sorted(set(system.symbols.values()).difference(solution), key=str)
+    given = {symbol: sympy.Rational(2 * k + 3, 7) for k, symbol in enumerate(others)}
     values = {symbol.name: numeric(value) for symbol, value in given.items()}
     values |= {symbol.name: numeric(value.xreplace(given)) for symbol, value in solution.items()}
-    return all(each.holds(values, tolerance) for each in system.equations if _names(each) <= values.keys())
+    known = {symbol.name for symbol in (*solution, *_unknowns([*solution.values()]))}
+    return all(each.holds(values, tolerance) for each in system.equations if _names(each) <= known)
 
 
 def _names(equation: Equation) -> set[str]:

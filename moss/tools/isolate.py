@@ -10,12 +10,14 @@ This file runs inside the sandbox's process.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
 import mpmath
 import sympy
+from sympy.polys.polyerrors import PolynomialError
 
 DIGITS = 50  # that numbers are known to
 
@@ -114,8 +116,12 @@ def _inverted(kernel: Any, x: Any, value: Any) -> list[tuple[Any, Any]]:
 
 def _factors_isolated(above: Any, x: Any) -> list[Any] | None:
     found = []
-    for factor, _ in sympy.factor_list(above, x, expand=False)[1] if above.has(x) else ():
-        polynomial = sympy.Poly(factor, x, expand=False)
+    factors = [sympy.Poly(above, x, expand=False)]
+    if factors[0].degree() > 1 and not above.has(sympy.Float):
+        with contextlib.suppress(PolynomialError):  # of numbers such as 10^sinh(1)
+            split = sympy.factor_list(above, x, expand=False)[1]
+            factors = [sympy.Poly(factor, x, expand=False) for factor, _ in split]
+    for polynomial in factors:
         first, *others = polynomial.all_coeffs()
         if len(others) <= 2:
             found += short_roots(polynomial)
@@ -138,10 +144,12 @@ def _power_roots(degree: int, value: Any) -> list[Any]:
 
 def short_roots(polynomial: sympy.Poly) -> list[Any]:
     """The roots of a polynomial of degree 1 or 2 by formula."""
-    coefficients = polynomial.all_coeffs()
-    if len(coefficients) < 3:
-        return [-coefficients[1] / coefficients[0]] if len(coefficients) == 2 else []
-    a, b, c = coefficients
+    first, *others = polynomial.all_coeffs()
+    if first.could_extract_minus_sign():
+        first, *others = (-factor for factor in (first, *others))
+    if len(others) < 2:
+        return [multiplied_out(-factor) / first for factor in others]
+    a, b, c = first, *others
     if b != 0 and (a.free_symbols or b.free_symbols or c.free_symbols):
         root = sympy.sqrt(sympy.factor_terms(sympy.expand(b**2 - 4 * a * c)))
         return [(-b - root) / (2 * a), (-b + root) / (2 * a)]

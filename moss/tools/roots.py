@@ -34,8 +34,8 @@ Function = Callable[[Any], Any]
 
 def real_roots(expression: Any, x: Any) -> list[Any] | None:
     """The real roots as mpmath numbers, small before large; None when the expression vanishes everywhere."""
-    if expression.has(sympy.I):
-        raise ExpressionError("a square root of what is below 0 stands in it; only real numbers are looked for here")
+    real = sympy.Dummy(real=True)
+    expression, x = expression.xreplace({x: real}), real
     rough, fine = (_real(function_of(expression, x, library), library.isfinite) for library in (math, mpmath))
     rates = [rate for rate in _rates(expression, x) if not rate.has(x)]
     density = max((float(numeric(rate)) for rate in rates), default=0.0)
@@ -69,6 +69,8 @@ def function_of(expression: Any, x: Any, library: Any) -> Function:
         return lambda value: value
     if not expression.has(x):
         number = numeric(expression, 2 * DIGITS)
+        if isinstance(number, mpmath.mpc):
+            raise ExpressionError("a number in it is not real, such as a square root of what is below 0")
         constant: Any = float(number) if library is math else number
         return lambda _: constant
     parts = [function_of(part, x, library) for part in expression.args]
