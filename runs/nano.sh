@@ -35,9 +35,9 @@ done
 
 # The settings, all in one place. A step is 8,192 tokens; rows of material are made for about one pass over them.
 DEPTH=4
-VOCAB=2048
+VOCAB=4096
 if [ -n "$BUNDLE" ]; then
-  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=300 SFT_STEPS=3300
+  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=300 SFT_STEPS=4500
 else
   OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=390
 fi
@@ -54,7 +54,7 @@ QUESTIONS=$(scaled $QUESTIONS 4)
 PREFERENCE_STEPS=$(scaled $PREFERENCE_STEPS 2)
 PPO_STEPS=$(scaled $PPO_STEPS 2)
 DOCUMENTS=$((PRETRAIN_STEPS * 100 + 500))
-DIALOGS=$((SFT_STEPS * 18 + 200))
+DIALOGS=$((SFT_STEPS * 12 + 200))
 PROMPTS=$((PREFERENCE_STEPS * 10 + 20))
 
 # One folder holds one run: material of other settings must not be mixed in.
@@ -96,7 +96,7 @@ stage "pre-training ($PRETRAIN_STEPS steps)" "$OUT/base/moss.json" \
   --steps "$PRETRAIN_STEPS" --save-every 50 --seed "$SEED" --out "$OUT/base" --resume
 
 stage "fine-tuning ($SFT_STEPS steps)" "$OUT/sft/moss.json" \
-  moss train sft --model "$OUT/base" --data "$OUT/dialogs.jsonl" --length 512 \
+  moss train sft --model "$OUT/base" --data "$OUT/dialogs.jsonl" --length 1024 \
   --steps "$SFT_STEPS" --save-every 50 --seed "$SEED" --out "$OUT/sft" --resume
 
 evaluate() { moss eval tools --model "$OUT/sft" --n "$QUESTIONS" --limit "$QUESTIONS" --seed "$SEED" --out "$OUT/evals" --json > "$OUT/.eval" && mv "$OUT/.eval" "$OUT/eval.json"; }
