@@ -148,8 +148,13 @@ class _Wire(httpx2.AsyncBaseTransport):
         if url.host == "127.0.0.1":
             return await self.inner.handle_async_request(request)
         self.web.dialled.append((url.host, url.port, request.extensions.get("sni_hostname", "")))
-        request.url = url.copy_with(host="127.0.0.1", port=self.web.port)
-        return await self.inner.handle_async_request(request)
+        there = url.copy_with(host="127.0.0.1", port=self.web.port)
+        headers, extensions = (
+            request.headers,
+            request.extensions,
+        )  # the request stays as it is: cookies go by its address
+        sent = httpx2.Request(request.method, there, headers=headers, stream=request.stream, extensions=extensions)
+        return await self.inner.handle_async_request(sent)
 
     async def aclose(self) -> None:
         await self.inner.aclose()

@@ -31,7 +31,6 @@ CHARSETS = frozenset(
     cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp1257 cp1258""".split()
 )
 _META = re.compile(rb"<meta\b[^>]{0,200}?\bcharset\s*=\s*[\"']?([\w.:-]{1,40})", re.IGNORECASE)
-_UNREADABLE = re.compile(r"[^\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")  # controls, and halves of characters
 
 
 def main_text(content: bytes, charset: str = "") -> tuple[str, str]:
@@ -83,8 +82,7 @@ def read(charset: str, content: bytes) -> str:
         given = " ".join(given.splitlines())  # where the source is wrapped; the lines of the result are paragraphs
     page: Any = trafilatura.bare_extraction(given, with_metadata=True, include_comments=False)
     title, text = (page.title or "", page.text or "") if page is not None else ("", "")
-    title = " ".join(title.split())
-    return _UNREADABLE.sub(" ", f"{title[:MAX_TITLE]}\n{text[:MAX_TEXT]}")
+    return f"{' '.join(title.split())[:MAX_TITLE]}\n{text[:MAX_TEXT]}"
 
 
 def _decoded(content: bytes, charset: str) -> str | bytes:
