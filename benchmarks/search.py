@@ -120,8 +120,8 @@ def quality(name: str) -> dict[str, Any]:
     groups: dict[str, list[tuple[bool, bool, bool]]] = {}
     for row in map(json.loads, lines):
         asked, titles = row["question"], row["titles"]
-        pages = places.encyclopedia().search(asked, places.PAGES)
-        texts = [summarize(page.text, limit=ITEM_LIMIT, query=asked).lower() for page in pages]
+        pages = places.bundled(asked)
+        texts = [page.text.lower() for page in pages]
         right = any(page.title in titles for page in pages)
         kept = any(answer.lower() in text for answer in row["answer"] for text in texts)
         named = bool(set(terms(asked)) & set(terms(" ".join(titles))))

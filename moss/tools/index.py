@@ -133,9 +133,11 @@ class Index:
         self.__dict__.pop("_searcher", None)
         return Updated(added, len(known & seen), len(known - seen))
 
-    def search(self, question: str, limit: int = 3) -> list[Found]:
-        """The pages that share the weightiest words with the question, the best first."""
-        asked = list(dict.fromkeys(terms(question) or terms(question, stop=False)))[:MAX_TERMS]
+    def search(self, question: str, limit: int = 3, also: str = "") -> list[Found]:
+        """The pages that share the weightiest words with the question, the best first; `also` holds more words to look
+        for, such as names in another language."""
+        asked = [*(terms(question) or terms(question, stop=False)), *terms(also)]
+        asked = list(dict.fromkeys(asked))[:MAX_TERMS]
         if not asked:
             return []
         wanted = [

@@ -20,6 +20,7 @@ from moss.tools import extract, fetch, providers
 from moss.tools.base import Source, ToolError, progress
 from moss.tools.calls import ITEM_LIMIT
 from moss.tools.entries import markdown_pages
+from moss.tools.glossary import Glossary
 from moss.tools.index import Entry, Index
 from moss.tools.search import index_folder
 from moss.tools.textrank import is_chinese, summarize
@@ -47,8 +48,14 @@ def bundled(query: str, room: int = 0) -> list[Source]:
 def _summed_up(index: Index, query: str, room: int) -> list[Source]:
     """The best pages of an index, each summed up."""
     pages, limit = shares(room, query)
-    found = index.search(query, pages)
+    found = index.search(query, pages, glossary().other_names(query))
     return [Source(page.title, page.url, summarize(page.text, limit=limit, query=query)) for page in found]
+
+
+@cache
+def glossary() -> Glossary:
+    """What things are called in the other language."""
+    return Glossary(bundled_pages())
 
 
 def shares(room: int, query: str) -> tuple[int, int]:
@@ -97,6 +104,7 @@ def _encyclopedia() -> Index:
     return Index.of(bundled_pages())
 
 
+@cache
 def bundled_pages() -> list[Entry]:
     """The pages of the encyclopaedia, in the order of its files."""
     folder = resources.files("moss.tools") / "encyclopedia"
