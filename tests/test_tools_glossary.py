@@ -34,7 +34,7 @@ def test_names_in_the_other_language(question: str, names: str) -> None:
 
 
 def test_a_page_of_the_other_language_is_found() -> None:
-    """Prevents a Chinese question from finding nothing among English pages, though what it names has an English name."""
+    """Prevents a Chinese question from finding nothing among English pages, which have another name for it."""
     index = Index.of(
         [Entry("Visit to the zoo", "We saw a penguin.", "z"), Entry("Visit to the lake", "We saw a duck.", "l")]
     )
