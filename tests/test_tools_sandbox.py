@@ -18,7 +18,7 @@ from tools_settings import ATTACKS, HERE, NOBODY, alive, outcome, program
 
 from moss.tools.base import ToolError
 from moss.tools.calculator import calculate
-from moss.tools.sandbox import AT_ONCE, MAX_PAYLOAD, QUEUED, Sandbox
+from moss.tools.sandbox import AT_ONCE, MAX_PAYLOAD, PATIENCE, QUEUED, Sandbox
 from moss.tools.solver import solve
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the strict sandbox is for Linux")
@@ -39,8 +39,9 @@ def test_attack_is_contained(box: Sandbox, name: str) -> None:
     started = time.monotonic()
     assert re.fullmatch(ATTACKS[name], outcome(box, name))
     assert time.monotonic() - started < LIMITS.get(name, 1.0)
-    assert min(_seconds(lambda: box.call("still here")) for _ in range(3)) < 0.05
     assert box.call("still here") == "still here"
+    if name in LIMITS:
+        assert min(_seconds(lambda: box.call("still here")) for _ in range(10)) < 0.05
     assert box.pid == zygote
 
 
@@ -177,7 +178,7 @@ def test_queue_has_an_end() -> None:
     assert {answer.split(":")[0] for answer in answers} == {"time limit", "busy"}
     assert answers.count("time limit") >= AT_ONCE
     assert sum(seconds < 0.5 for seconds in refused) >= 32 - AT_ONCE  # at once, not after those before
-    assert max(refused) < 3 * box.wall + 0.5
+    assert max(refused) < (PATIENCE + 1) * box.wall + 0.5
 
 
 def _together(call: Callable[[int], str], number: int) -> list[str]:

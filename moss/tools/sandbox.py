@@ -47,6 +47,7 @@ ANSWER = 16 << 10  # bytes of text
 MAX_REQUEST = 8 << 10
 MAX_PAYLOAD = 4 << 20
 AT_ONCE, QUEUED = 4, 64  # calls that run side by side (in `process` mode one), and that may wait
+PATIENCE = 3  # how many times as long as a call may take it may wait
 START_SECONDS = 30.0
 GRACE = 2.0  # seconds in which a zygote on a busy machine must have ended a call whose time is over, or is ended itself
 RENEW_AFTER = 500  # calls of one process in `process` mode
@@ -154,7 +155,8 @@ class Sandbox:
                 raise ToolError("busy: too many calls at once; try again")
             self._waiting += 1
         try:
-            if not places.acquire(timeout=2 * self.wall):
+            self._ready()  # a start takes longer than calls do: it is no part of the waiting
+            if not places.acquire(timeout=PATIENCE * self.wall):
                 raise ToolError("busy: too many calls at once; try again")
             try:
                 yield
