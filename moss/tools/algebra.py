@@ -259,8 +259,8 @@ def _formulas(differences: list[Any], wanted: list[Any], unknowns: list[Any]) ->
     """The wanted unknowns in terms of others; as many of these are eliminated as there are equations, from z to a."""
     others = sorted((x for x in unknowns if x not in wanted), key=lambda x: str(x).lower(), reverse=True)
     for count in range(max(len(differences) - len(wanted), 0), -1, -1):
-        for helpers in itertools.combinations(others, count):
-            chosen = [*wanted, *helpers]
+        for eliminated in itertools.combinations(others, count):
+            chosen = [*wanted, *eliminated]
             found = [
                 {x: _shortest(each[x]) for x in wanted}
                 for each in _expressed(differences, chosen)
