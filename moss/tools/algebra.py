@@ -349,7 +349,8 @@ def _shown(value: Any, *, decimal: bool) -> str:
     """`= 1/2`, or `≈ 0.3333333333333333` where the digits are not all."""
     if value.free_symbols:
         return f"= {value}"
-    number = mpmath.mpc(numeric(value))
+    with mpmath.workdps(DIGITS):  # else it is rounded here already
+        number = mpmath.mpc(numeric(value))
     if not decimal:
         for form in _forms(value, number):
             if _readable(form):
