@@ -65,6 +65,13 @@ def gone(pid: int, seconds: float = 15.0) -> bool:
     return False
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ended() -> Iterator[None]:
+    """No server outlives the tests of this file."""
+    yield
+    client.close()
+
+
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Tool]:
     """The tools of an honest server, over its standard streams."""

@@ -172,6 +172,16 @@ class _Connection:
         self._fail(ConnectionError("the connection was closed"))
 
 
+_servers: list[_Server] = []  # until the program ends
+
+
+@atexit.register
+def close() -> None:
+    """End all connections, and the programs behind them."""
+    while _servers:
+        _servers.pop().close()
+
+
 class _Server:
     """A connection that is made again when it broke. Methods with `async` run in the loop that all servers share."""
 
@@ -180,7 +190,7 @@ class _Server:
         self._now: _Connection | None = None
         self._all: set[_Connection] = set()  # also those that have not quite ended
         self._errors: Any = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115
-        atexit.register(self.close)
+        _servers.append(self)
         where = target.url or shlex.join(target.command)
         try:
             self.tools = _run(self._list(), CONNECT_SECONDS + 1)[:MAX_TOOLS]
