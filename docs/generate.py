@@ -252,7 +252,25 @@ def plan_table() -> str:
     return "\n".join(lines)
 
 
+def search_table() -> str:
+    """What a local search costs, and how often it finds and keeps the answer."""
+    found = result("search")
+    index, summary, memory = found["index"], found["summary"], found["memory_mib"]
+    lines = ["| what | measured | goal |", "|---|---|---|"]
+    lines.append(f"| a search of {index['pages']:,} pages, median | {index['search']['median_ms']:.1f} ms | ≤ 10 ms |")
+    for lang, name in (("en", "English"), ("zh", "Chinese")):
+        lines.append(f"| summary of a page of 3,000 words, {name} | {summary[lang]['median_ms']:.0f} ms | ≤ 50 ms |")
+    lines.append(f"| memory, with the process that reads pages | {sum(memory.values()):.0f} MiB | < 300 MB |")
+    for group, about in found["quality"]["test"].items():
+        goal = "≥ 90 %" if group == "all" else ""
+        name = f"{about['questions']} questions, {group}"
+        lines.append(f"| {name}: right page among three | {about['right_page_in_top_3'] * 100:.1f} % | {goal} |")
+        lines.append(f"| {name}: summary keeps the answer | {about['summary_keeps_answer'] * 100:.1f} % | {goal} |")
+    return "\n".join(lines)
+
+
 TABLES = {
+    "search": search_table,
     "plan": plan_table,
     "preference": preference_table,
     "dial": dial_table,
