@@ -261,7 +261,7 @@ def _signature(function: Callable[..., Result]) -> inspect.Signature:
     """The signature, its annotations as types where that can be: they are texts under `annotations` of `__future__`."""
     try:
         return inspect.signature(function, eval_str=True)
-    except Exception:  # whatever the evaluation of an annotation raises; `_kind` reads the text then
+    except (NameError, TypeError, AttributeError, SyntaxError):  # a name that is there for type checkers alone, say
         return inspect.signature(function)
 
 

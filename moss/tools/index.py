@@ -1,8 +1,8 @@
 """The local search index: pages that are found by their words (tantivy, BM25), Chinese as pairs of characters.
 
-    with Index.open(folder) as index:                   # made where there is none
-        index.update("notes", read_source(Path("notes")))   # what has not changed is left alone
-        index.search("who dug the Grand Canal?", 3)     # [Found(title, url, text, score), …]
+    index = Index.open(folder, make=True)               # made where there is none
+    index.update("notes", read_source(Path("notes")))   # what has not changed is left alone
+    index.search("who dug the Grand Canal?", 3)         # [Found(title, url, text, score), …]
 
 A page has a title, a text, and perhaps keywords to find it by that nobody reads: its name in another language, say.
 `Index.of(entries)` is an index in memory.

@@ -30,7 +30,6 @@ def load_tools(file: str | Path | None = None, mcp: str | None = None) -> dict[s
         tools = merged(tools, from_file(Path(file)), str(file))
     if mcp is not None:
         connect = importlib.import_module("moss.tools.mcp").connect  # the extra is needed only here
-
         taken = {name for tool in tools.values() for name in (tool.key, tool.name, tool.switch)}
         tools = merged(tools, connect(mcp, taken), mcp)
     return tools

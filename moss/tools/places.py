@@ -2,8 +2,8 @@
 
     bundled("height of Mount Fuji")                     # [Source(title, url, text), …], the best page first
 
-Each gives up to `PAGES` sources, summed up with the question in mind. `search.py` is the tool that asks
-them in order.
+Each gives up to `PAGES` sources, summed up with the question in mind. `search.py` is the tool that asks them in
+order.
 """
 
 from __future__ import annotations
