@@ -203,6 +203,27 @@ def test_the_own_index_is_asked_first(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [source.title for source in search.search("Everest")] == ["New notes"]  # without a new start
 
 
+@pytest.mark.parametrize(
+    ("query", "title"),
+    [
+        ("Who discovered penicillin?", "Penicillin"),
+        ("谁发现了青霉素？", "青霉素"),
+        ("Who discovered the pear trees?", "Grandma"),
+        ("Grandma's birthplace", "Grandma"),
+        ("奶奶的梨树", "奶奶"),
+    ],
+)
+def test_a_few_notes_do_not_hide_the_encyclopedia(query: str, title: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a user's own pages from answering every question that shares one word with them."""
+    own(
+        Entry("Grandma", "Grandma discovered that her pear trees like ash. She was born in Norwich.", "/grandma.md"),
+        Entry("奶奶", "奶奶发现梨树喜欢草木灰。谁都爱吃她的梨。", "/奶奶.md"),
+    )
+    assert search.search(query)[0].title.startswith(title)
+    monkeypatch.setenv("MOSS_SEARCH", "index")
+    assert {source.title for source in search.search(query)} <= {"Grandma", "奶奶"}
+
+
 @pytest.mark.parametrize("kind", ["missing", "photos", "damaged"])
 def test_an_index_that_is_none(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prevents a search that fails, or passes the user's pages over in silence, because their folder is not right."""

@@ -2,7 +2,7 @@
 
     index = Index.open(folder, make=True)               # made where there is none
     index.update("notes", read_source(Path("notes")))   # what has not changed is left alone
-    index.search("who dug the Grand Canal?", 3)         # [Found(title, url, text, score), …]
+    index.search("who dug the Grand Canal?", 3)         # [Found(title, url, text, score, share), …]
 
 A page has a title, a text, and perhaps keywords to find it by that nobody reads: its name in another language, say.
 `Index.of(entries)` is an index in memory.
@@ -27,7 +27,7 @@ import tantivy
 from moss.tools.textrank import is_chinese
 from moss.tools.words import terms
 
-KEPT = ("url", "text", "twin", "chinese")  # of a page, beside its title
+KEPT = ("url", "text", "keywords", "chinese")  # of a page, beside its title
 FIELDS = {"title_terms": 1.0, "keyword_terms": 1.2, "text_terms": 1.0}  # what is searched, and what a word there counts
 SINGLE = 0.4  # what a character of the question counts that is a whole title
 OTHER_LANGUAGE = 0.95  # what a page counts that is in another language than the question
@@ -35,6 +35,7 @@ CANDIDATES = 10  # pages looked at for each that is wanted
 COMMIT_EVERY = 2000  # pages; a kill loses at most as many
 MEMORY = 64 << 20  # bytes that the writer fills before it writes
 MAX_TERMS = 64  # of a question
+READ = 20_000  # characters of a page in which the question's words are counted
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,13 @@ class Entry:
 
 
 class Found(NamedTuple):
-    """A page that answers; a higher `score` answers better."""
+    """A page that answers; a higher `score` answers better. `share` of the question's words stand in it."""
 
     title: str
     url: str
     text: str
     score: float
+    share: float
 
 
 class Updated(NamedTuple):
@@ -136,8 +138,8 @@ class Index:
     def search(self, question: str, limit: int = 3, also: str = "") -> list[Found]:
         """The pages that share the weightiest words with the question, the best first; `also` holds more words to look
         for, such as names in another language."""
-        asked = [*(terms(question) or terms(question, stop=False)), *terms(also)]
-        asked = list(dict.fromkeys(asked))[:MAX_TERMS]
+        own = list(dict.fromkeys(terms(question) or terms(question, stop=False)))[:MAX_TERMS]
+        asked = list(dict.fromkeys([*own, *terms(also)]))[:MAX_TERMS]
         if not asked:
             return []
         wanted = [
@@ -153,21 +155,22 @@ class Index:
             title = tantivy.Query.term_query(self._index.schema, "title", name)
             wanted.append((tantivy.Occur.Should, tantivy.Query.boost_query(title, SINGLE)))
         chinese = is_chinese(question)
-        best: dict[tuple[str, str], Found] = {}
+        best: dict[tuple[str, str], tuple[float, tantivy.Document]] = {}
         with _intact(self._name):
             query = tantivy.Query.boolean_query(wanted)
             for score, address in self._searcher.search(query, limit * CANDIDATES, count=False).hits:
                 page = self._readable(self._searcher.doc(address), chinese)
-                title, url, text = (_stored(page, name) for name in ("title", "url", "text"))
                 if bool(_stored(page, "chinese")) != chinese:
                     score *= OTHER_LANGUAGE
-                if (title, url) not in best or best[title, url].score < score:
-                    best[title, url] = Found(title, url, text, score)
-        return sorted(best.values(), key=lambda each: -each.score)[:limit]
+                key = (_stored(page, "title"), _stored(page, "url"))
+                if key not in best or best[key][0] < score:
+                    best[key] = (score, page)
+        chosen = sorted(best.values(), key=lambda each: -each[0])[:limit]
+        return [_found(page, score, asked, len(own)) for score, page in chosen]
 
     def _readable(self, page: tantivy.Document, chinese: bool) -> tantivy.Document:
         """The page, or the one about the same thing in the language that was asked in."""
-        twin = _stored(page, "twin")
+        twin = _stored(page, "keywords").split(";")[0].strip()
         if bool(_stored(page, "chinese")) == chinese or not twin:
             return page
         query = tantivy.Query.term_query(self._index.schema, "title", twin)
@@ -214,7 +217,7 @@ def _schema() -> tantivy.Schema:
 
 def _document(entry: Entry, digest: str, source: str) -> tantivy.Document:
     words = {"title_terms": entry.title, "keyword_terms": entry.keywords, "text_terms": entry.text}
-    kept = {"url": entry.url, "text": entry.text, "twin": entry.keywords.split(";")[0].strip()}
+    kept = {"url": entry.url, "text": entry.text, "keywords": entry.keywords}
     kept["chinese"] = "yes" if is_chinese(entry.text) else ""
     page: dict[str, list[str | bytes]] = {
         "title": [_whole(entry.title)],
@@ -225,6 +228,13 @@ def _document(entry: Entry, digest: str, source: str) -> tantivy.Document:
     if page["title_terms"] == [""]:  # The Who, It
         page["title_terms"] = [" ".join(terms(_whole(entry.title), stop=False))]
     return tantivy.Document(**page, **{name: [text.encode("utf-8", "replace")] for name, text in kept.items()})
+
+
+def _found(page: tantivy.Document, score: float, asked: list[str], wanted: int) -> Found:
+    """A page as it is given; `asked` may hold more words than the `wanted` ones of the question itself."""
+    title, url, text, keywords = (_stored(page, name) for name in ("title", "url", "text", "keywords"))
+    held = set(terms(f"{title} {keywords} {text[:READ]}", stop=False)).intersection(asked)
+    return Found(title, url, text, score, min(1.0, len(held) / wanted))
 
 
 def _stored(page: tantivy.Document, name: str) -> str:

@@ -13,6 +13,7 @@ import os
 import re
 import threading
 import time
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
@@ -21,7 +22,7 @@ from moss.tools.base import Source, ToolError, progress
 from moss.tools.calls import ITEM_LIMIT
 from moss.tools.entries import markdown_pages
 from moss.tools.glossary import Glossary
-from moss.tools.index import Entry, Index
+from moss.tools.index import Entry, Found, Index
 from moss.tools.search import index_folder
 from moss.tools.textrank import is_chinese, summarize
 
@@ -31,24 +32,29 @@ LEAST, LEAST_CHINESE = 110, 50  # characters of a page without which it is left 
 _lock = threading.Lock()
 
 
-def look(place: str, query: str, room: int, until: float) -> list[Source]:
-    """What one place finds; `until` is when the answer must be there, by the clock that only runs on."""
+def look(place: str, query: str, room: int, until: float, later: Sequence[str] = ()) -> list[Source]:
+    """What one place finds; `until` is when the answer must be there, by the clock that only runs on. `later` are the
+    places that will be asked where it finds nothing."""
     if place == "encyclopedia":
         return bundled(query, room)
     if place == "index":
-        return _own(query, room)
+        return _own(query, room, later)
     return fetch.wait(_network(place, query, room, until))
 
 
 def bundled(query: str, room: int = 0) -> list[Source]:
     """What the encyclopaedia has, in about `room` characters (0 = any number)."""
-    return _summed_up(encyclopedia(), query, room)
+    return _summed_up(_pages(encyclopedia(), query, room), query, room)
 
 
-def _summed_up(index: Index, query: str, room: int) -> list[Source]:
-    """The best pages of an index, each summed up."""
-    pages, limit = shares(room, query)
-    found = index.search(query, pages, glossary().other_names(query))
+def _pages(index: Index, query: str, room: int) -> list[Found]:
+    """The best pages of an index, as many as there is room for."""
+    return index.search(query, shares(room, query)[0], glossary().other_names(query))
+
+
+def _summed_up(found: Sequence[Found], query: str, room: int) -> list[Source]:
+    """Pages, each summed up."""
+    limit = shares(room, query)[1]
     return [Source(page.title, page.url, summarize(page.text, limit=limit, query=query)) for page in found]
 
 
@@ -113,12 +119,21 @@ def bundled_pages() -> list[Entry]:
     return [entry for name, text in texts for entry in markdown_pages(text, f"encyclopedia/{name}", name)]
 
 
-def _own(query: str, room: int) -> list[Source]:
-    """What the user's own index has, as it is now; nothing where there is none."""
+def _own(query: str, room: int, later: Sequence[str]) -> list[Source]:
+    """What the user's own index has, as it is now. Nothing where there is none, and where a page of the encyclopaedia,
+    if that is asked later, holds more of the question's words: a few notes must not hide it for one word in common."""
     folder = index_folder()
     if not folder.is_dir() and not os.environ.get("MOSS_INDEX"):
         return []
     try:
-        return _summed_up(Index.open(folder), query, room)
+        found = _pages(Index.open(folder), query, room)
     except ValueError as error:
         raise ToolError(str(error)) from None
+    if "encyclopedia" in later and _share(_pages(encyclopedia(), query, room)) > _share(found):
+        return []
+    return _summed_up(found, query, room)
+
+
+def _share(found: Sequence[Found]) -> float:
+    """The most of the question's words that one page holds."""
+    return max((page.share for page in found), default=0.0)

@@ -3,7 +3,8 @@
 `MOSS_SEARCH` names where to look, in order; the first that finds something answers. Nothing goes over the network
 unless a provider stands there:
 
-* `index`: your own pages, made with `moss data index PATH`; passed over while there are none;
+* `index`: your own pages, made with `moss data index PATH`; passed over while there are none, and for a question of
+  whose words a page of the encyclopaedia holds more;
 * `encyclopedia`: the small one that comes with the project, in English and Chinese;
 * `searxng`, `serper`, `brave`, `tavily`: `providers.py`. The pages they name are read by the one safe client
   (`fetch.py`), their main text taken out in the sandbox (`extract.py`), and summarised (`textrank.py`).
@@ -72,9 +73,10 @@ def search(query: str) -> list[Source]:
     if reason := missing():
         raise ToolError(reason)
     until, failed = time.monotonic() + SECONDS - 0.5, []
-    for place in order():
+    places = order()
+    for number, place in enumerate(places, 1):
         try:
-            found = _places().look(place, query, room(), until)
+            found = _places().look(place, query, room(), until, places[number:])
         except ToolError as error:
             failed.append(f"{place}: {error}")
             progress(failed[-1])
