@@ -50,6 +50,9 @@ VERBS = {
     "eval tools": "moss.evals.tool_use:EvalTools",
     "doctor": "moss.evals.doctor:Doctor",
     "bench": "moss.evals.bench:Bench",
+    "store backup": "moss.serve.store.backup:Backup",
+    "store restore": "moss.serve.store.backup:Restore",
+    "store migrate": "moss.serve.store.backup:Migrate",
 }
 
 

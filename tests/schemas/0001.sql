@@ -1,0 +1,17 @@
+INSERT INTO users (id, email, name, password, role, created, offences, limits, settings) VALUES ('u', 'a@example.org', '王', '$argon2id$', 'admin', '2026-11-20 00:00:00.000000', 0, '{}', '{"theme": "dark"}');
+INSERT INTO logins (id, owner, digest, created, used, expires, agent) VALUES ('l', 'u', 'd', '2026-11-20 00:00:00.000000', '2026-11-20 00:00:00.000000', '2026-12-20 00:00:00.000000', 'x');
+INSERT INTO keys (id, owner, name, start, digest, created, limits) VALUES ('k', 'u', 'laptop', 'moss-ab', 'e', '2026-11-20 00:00:00.000000', '{}');
+INSERT INTO invites (id, digest, note, "left", created, expires) VALUES ('i', 'f', '', 3, '2026-11-20 00:00:00.000000', '2026-12-20 00:00:00.000000');
+INSERT INTO codes (digest, owner, purpose, expires) VALUES ('g', 'u', 'reset', '2026-11-20 00:00:00.000000');
+INSERT INTO consents (id, owner, purpose, version, given) VALUES ('c', 'u', 'training', '1', '2026-11-20 00:00:00.000000');
+INSERT INTO usage (owner, key, day, requests, tokens) VALUES ('u', 'k', '2026-11-20', 3, 400);
+INSERT INTO conversations (id, owner, title, meta, switches, model, leaf, created, changed) VALUES ('v', 'u', '天气', '', '{"search": true}', 'nano', 'n', '2026-11-20 00:00:00.000000', '2026-11-20 00:00:00.000000');
+INSERT INTO messages (id, owner, conversation, parent, role, text, state, finish, notice, model, usage, created) VALUES ('m', 'u', 'v', NULL, 'user', '今天天气？', 'whole', '', '', '', '{}', '2026-11-20 00:00:00.000000');
+INSERT INTO messages (id, owner, conversation, parent, role, text, state, finish, notice, model, quality, usage, created) VALUES ('n', 'u', 'v', 'm', 'assistant', '晴。', 'whole', 'stop', '', 'nano', 100, '{"completion_tokens": 3}', '2026-11-20 00:00:01.000000');
+INSERT INTO rounds (message, number, owner, thoughts, commands, results) VALUES ('n', 0, 'u', '要搜索。', 'Search("天气")', 'Search("天气") => <|1|>: "晴"');
+INSERT INTO artefacts (id, owner, message, call, name, args, ok, result, error, seconds, sources, kind) VALUES ('a', 'u', 'n', 0, 'Search', '["天气"]', TRUE, '晴', '', 0.5, '[{"number": 1}]', '');
+INSERT INTO runs (id, owner, conversation, message, request, state, stop, worker, created, seen) VALUES ('r', 'u', 'v', 'n', NULL, 'done', FALSE, 'w', '2026-11-20 00:00:00.000000', '2026-11-20 00:00:00.000000');
+INSERT INTO run_events (run, number, owner, event) VALUES ('r', 1, 'u', '{"type": "reply", "text": "晴。"}');
+INSERT INTO feedback (message, owner, rating, text, created) VALUES ('n', 'u', -1, '不对', '2026-11-20 00:00:00.000000');
+INSERT INTO settings (name, value) VALUES ('registration', '"invite"');
+INSERT INTO audit (id, at, actor, action, subject, detail) VALUES ('x', '2026-11-20 00:00:00.000000', 'u', 'read', 'u', '{}');
