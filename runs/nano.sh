@@ -37,7 +37,7 @@ done
 DEPTH=4
 VOCAB=4096
 if [ -n "$BUNDLE" ]; then
-  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=300 SFT_STEPS=2400
+  OUT=${OUT:-out/bundle} PRETRAIN_STEPS=300 SFT_STEPS=3600
 else
   OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=390
 fi

@@ -1,13 +1,12 @@
 """Search turns of the scripted material: questions that need a search, answered from what the bundled pages say.
 
-The facts and phrasings stand in `material/search.*.toml`: a *relation* has rows of pages with their answers, the many
-ways in which people ask for it, and the query that fits. The search is run, never written down: a turn holds what
-`Search` gives, and its reply is the sentence found there that holds the answer, with its citation. Where the bundled
-pages do not know (`unknown`: the weather, a price), the reply says so. `compare` takes two searches side by side and
-then a calculation: a turn of two rounds.
-
-Names in a query are as the person typed them. How much of each page the model reads is drawn, as it differs from model
-to model.
+The facts and phrasings stand in `material/search.*.toml`: a *relation* has rows of pages with their answers and the
+many ways in which people ask for it. The query is the question as it was typed: to copy is what a small model learns
+soonest, and what the search was made for; a follow-up is searched for behind the question that it follows. The search
+is run, never written down: a turn holds what `Search` gives, and its reply is the sentence found there that holds the
+answer, with its citation. Where the bundled pages do not know (`unknown`: the weather, a price), the reply says so.
+`compare` takes two searches side by side, whose queries name one thing each, and then a calculation: a turn of two
+rounds. How much of each page the model reads is drawn, as it differs from model to model.
 
     moss data curriculum --kind questions --n 3
 """
@@ -44,6 +43,16 @@ LEADS = {
     "en": ("I looked it up: ", "Here is what I found: ", "This is what the page says: ", "Found it: "),
     "zh": ("我查到：", "查到的资料说：", "搜索结果是：", "资料里写道："),
 }
+THOUGHTS = {
+    "en": (
+        "I should look this up.",
+        "A search will tell.",
+        "This is something to search for.",
+        "Facts like this are better looked up than guessed.",
+        "I don't know this by heart, so I search for it.",
+    ),
+    "zh": ("需要查一下。", "先搜索再回答。", "这样的事要查资料，不能猜。", "搜一下才可靠。", "我记不住这个，去搜索。"),
+}
 NEXT = 0.25  # of the questions are followed by the same one about something else
 FOLLOW_UPS = {
     "en": (
@@ -74,12 +83,12 @@ class Entry:
     kind: str
     lang: str
     ask: tuple[str, ...]
-    thoughts: tuple[str, ...]
-    query: str = ""
+    query: str = ""  # of a relation that is compared
     rows: tuple[Fact, ...] = ()
     things: tuple[str, ...] = ()
     relations: tuple[str, ...] = ()  # of a comparison: of {a}, and of {b} where that is another
     calculate: str = ""
+    thoughts: tuple[str, ...] = ()  # of a comparison
     then: tuple[str, ...] = ()
     reply: tuple[str, ...] = ()
 
@@ -177,29 +186,33 @@ def uncited(reply: str) -> str:
     return re.sub(r"<sup>.*?</sup>", "", reply)
 
 
-def _relation(rng: random.Random, entry: Entry, question: str, fact: Fact, family: str) -> Draft | None:
-    """The turn that answers `question`, which asks for `fact`; None where the pages read do not hold it."""
-    name = _typed(question, fact.name)
-    if name is None:
-        return None
-    commands, results, (outcome,) = _search([entry.query.format(k=name)], rng.choice(ROOM[entry.lang]))
-    if not (told := _sentence(outcome, fact.answer)):
+def _relation(
+    rng: random.Random, entry: Entry, question: str, fact: Fact, family: str, before: str = ""
+) -> Draft | None:
+    """The turn that answers `question`, which asks for `fact` and may go on from the question `before`; None where the
+    pages read do not hold it."""
+    first = _first_round(rng, f"{before} {question}".strip(), entry.lang)
+    if first is None or not (told := _sentence(first[1], fact.answer)):
         return None
     number, sentence = told
     lead = rng.choice(LEADS[entry.lang]) if rng.random() < LEAD_IN else ""
-    thoughts = rng.choice(entry.thoughts).format(k=name)
-    turn = Turn(question, [Round(thoughts, commands, results)], f"{lead}{sentence}{cite(number)}")
-    return Draft(turn, "search", family, (fact.answer,))
+    return Draft(Turn(question, [first[0]], f"{lead}{sentence}{cite(number)}"), "search", family, (fact.answer,))
 
 
 def _unknown(rng: random.Random, entry: Entry, question: str, thing: str, family: str) -> Draft | None:
     """The turn in which the pages found do not tell."""
-    name = _typed(question, thing)
-    if name is None:
+    name, first = _typed(question, thing), _first_round(rng, question, entry.lang)
+    if name is None or first is None:
         return None
-    commands, results, _ = _search([entry.query.format(k=name)], rng.choice(ROOM[entry.lang]))
-    thoughts, reply = rng.choice(entry.thoughts).format(k=name), rng.choice(entry.reply).format(k=name)
-    return Draft(Turn(question, [Round(thoughts, commands, results)], reply), "search", family)
+    return Draft(Turn(question, [first[0]], rng.choice(entry.reply).format(k=name)), "search", family)
+
+
+def _first_round(rng: random.Random, query: str, lang: str) -> tuple[Round, Outcome] | None:
+    """The round that searches for what was typed, and what it finds; None where it cannot stand in a command."""
+    if set(query) & set('"\\\n'):
+        return None
+    commands, results, (outcome,) = _search([query], rng.choice(ROOM[lang]))
+    return Round(rng.choice(THOUGHTS[lang]), commands, results), outcome
 
 
 def _compare(rng: random.Random, entry: Entry, question: str, facts: tuple[Fact, Fact], family: str) -> Draft | None:
@@ -274,14 +287,14 @@ def _ask(
     return None if draft is None else (draft, entry)
 
 
-def _next(rng: random.Random, entry: Entry, accept: Accept) -> Draft | None:
-    """The same question about something else."""
+def _next(rng: random.Random, entry: Entry, before: str, accept: Accept) -> Draft | None:
+    """The same question about something else, after the question `before`."""
     place = rng.randrange(len(FOLLOW_UPS[entry.lang]))
     fact = rng.choice(entry.rows)
     text = FOLLOW_UPS[entry.lang][place].format(k=fact.name)
     question = casual(rng, text[0].upper() + text[1:], entry.lang)
     family = f"search.next.{entry.lang}.{place}"
-    return _relation(rng, entry, question, fact, family) if accept(family, question) else None
+    return _relation(rng, entry, question, fact, family, before) if accept(family, question) else None
 
 
 def scene(
@@ -299,7 +312,7 @@ def scene(
     draft, entry = found
     drafts = [draft]
     if kind == "search" and entry.kind == "relation" and rng.random() < NEXT:
-        drafts += filter(None, [_next(rng, entry, accept)])
+        drafts += filter(None, [_next(rng, entry, draft.turn.human, accept)])
     if not switches.get("thoughts", True):
         for each in drafts:
             each.turn.rounds[:] = [Round("None", step.commands, step.results) for step in each.turn.rounds]
