@@ -7,7 +7,7 @@
     for event in chat.stream("What is 37*12?"):       # thoughts, commands, results and reply as they come
         print(event)
 
-    print(chat.ask("and times 3?"))                   # the whole answer; also .thoughts, .commands, .results, .usage
+    print(chat.ask("and times 3?"))                   # the whole answer; also .thoughts, .results, .sources, .usage, …
     chat.tools["calculator"] = False                  # or chat.tools = "none"
     chat.save("talk.json")                            # the released MOSS JSON, as /save in the terminal
 
@@ -151,13 +151,15 @@ def counted(turns: list[Turn]) -> str:
 class Answer:
     """A whole answer, with the names of `moss chat --json`; as text it is the reply.
 
-    commands: {name, args} of each. finish: why the reply ended: stop, length or time. usage: prompt_tokens, of which
+    commands: {name, args} of each. sources: {number, title, url} of each that a `<sup><|number|></sup>` in the reply
+    can cite. finish: why the reply ended: stop, length or time. usage: prompt_tokens, of which
     cached_tokens were not read again, and completion_tokens. timing in seconds: first_token, tools, total.
     """
 
     thoughts: str
     commands: list[dict[str, Any]]
     results: str
+    sources: list[dict[str, Any]]
     reply: str
     finish: str
     notices: list[str]
@@ -168,14 +170,15 @@ class Answer:
         return self.reply
 
     @classmethod
-    def of(cls, done: run.Done, notices: list[str]) -> Answer:
-        """What the last event of a turn holds."""
+    def of(cls, done: run.Done, notices: list[str], sources: list[dict[str, Any]]) -> Answer:
+        """What the last event of a turn holds, and what was collected on the way to it."""
         rounds = done.turn.rounds
         calls = [call for item in rounds for call in parse_commands(item.commands)]
         return cls(
             thoughts="\n".join(item.thoughts for item in rounds if item.thoughts != NONE),
             commands=[{"name": call.name, "args": call.args} for call in calls],
             results="\n".join(item.results for item in rounds if item.results != NONE),
+            sources=sources,
             reply=done.turn.reply,
             finish=done.finish,
             notices=notices,
@@ -270,6 +273,7 @@ class Chat:
     def ask(self, text: str, *, watch: Callable[[run.Event], object] | None = None) -> Answer:
         """Ask, and get the whole answer. `watch` is shown each event. ValueError where there is no answer."""
         notices: list[str] = []
+        sources: list[dict[str, Any]] = []
         with contextlib.closing(self.stream(text)) as events:
             for event in events:
                 if isinstance(event, run.Error):
@@ -278,8 +282,10 @@ class Chat:
                     watch(event)
                 if isinstance(event, run.Notice):
                     notices.append(event.text)
+                if isinstance(event, run.ToolDone):
+                    sources += event.sources
                 if isinstance(event, run.Done):
-                    return Answer.of(event, notices)
+                    return Answer.of(event, notices, sources)
         raise AssertionError("a turn ends with done or error")
 
     def _events(self, text: str) -> Generator[run.Event]:

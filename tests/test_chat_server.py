@@ -212,7 +212,7 @@ def test_arguments_reach_the_tool_as_they_were(call: tuple[str, str], seen: str)
     """Between JSON and our line of commands no quote may be lost, and order is the tool's, not the model's."""
     events, _ = run(calls(call), says("ok"), on=dialog(weather=True))
     assert ran == [seen]
-    assert moss.session.Answer.of(events[-1], []).commands[0]["name"] == call[0]  # type: ignore[attr-defined, arg-type]
+    assert moss.session.Answer.of(events[-1], [], []).commands[0]["name"] == call[0]  # type: ignore[attr-defined, arg-type]
 
 
 def test_a_gap_in_the_arguments_is_filled_by_the_default():

@@ -23,7 +23,7 @@ from moss.errors import UsageError
 from moss.session import Chat
 from moss.tokenizer import MARKERS, Tokenizer, train
 from moss.tools import run
-from moss.tools.base import Tool, ToolError, tool
+from moss.tools.base import Source, Tool, ToolError, tool
 from moss.weights import save_model
 from tests.fakes import ScriptedEngine, toy_model
 
@@ -105,11 +105,28 @@ def test_ask_gives_the_whole_answer(tok: Tokenizer):
     assert answer.thoughts == "add"
     assert answer.commands == [{"name": "Calculate", "args": ["3+4"]}]
     assert answer.results == 'Calculate("3+4") => 7'
-    assert (answer.finish, answer.notices) == ("stop", [])
+    assert (answer.finish, answer.notices, answer.sources) == ("stop", [], [])
     assert answer.usage["completion_tokens"] > 0
     assert answer.timing.keys() == {"first_token", "tools", "total"}
     answer = chat.ask("hi")
     assert (answer.thoughts, answer.commands, answer.results) == ("", [], "")  # None is how the format writes nothing
+
+
+@tool(key="search", switch="Web search", api="Search")
+def search(query: str) -> list[Source]:
+    """Two pages, named after the question."""
+    return [Source(f"{query} {place}", f"https://{query}.example/{place}", "text") for place in "ab"]
+
+
+def test_a_citation_leads_to_its_source(tok: Tokenizer):
+    """A program, which sees no screen, could not tell what `<sup><|3|></sup>` in the reply stands for."""
+    rounds = [f' look<eot>\n<|Commands|>: Search("{query}")<eoc>' for query in ("one", "two")]
+    passes = [rounds[0], f"<|Inner Thoughts|>:{rounds[1]}", "<|MOSS|>: So it is.<sup><|3|></sup><eom>"]
+    answer = scripted(tok, *passes, tools={"search": search}).ask("Is it?")
+    by_number = {source["number"]: source for source in answer.sources}
+    assert list(by_number) == [1, 2, 3, 4]
+    (cited,) = map(int, re.findall(r"<\|(\d+)\|>", answer.reply))
+    assert by_number[cited] == {"number": 3, "title": "two a", "url": "https://two.example/a"}
 
 
 def test_history_reaches_the_next_prompt_and_what_is_taken_out_does_not(tok: Tokenizer):

@@ -93,6 +93,7 @@ def test_json_answer(tok: Tokenizer, capsys: pytest.CaptureFixture[str]):
     assert answer["thoughts"] == "add"
     assert answer["commands"] == [{"name": "Calculate", "args": ["3+4"]}]
     assert answer["results"] == 'Calculate("3+4") => 7'
+    assert answer["sources"] == []
     assert answer["reply"] == "七"
     assert answer["finish"] == "stop"
     assert answer["usage"]["completion_tokens"] > 0

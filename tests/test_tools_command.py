@@ -26,6 +26,7 @@ def test_json_form(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(ToolCommand('Calculate("37*12") = 444, Solve("x^2=4"), Delete("x")', json=True)) == 1
     report = json.loads(capfd.readouterr().out)
     seconds = [call.pop("seconds") for call in report["calls"]]
+    assert [call.pop("sources") for call in report["calls"]] == [[], [], []]
     assert report == {
         "calls": [
             {"name": "Calculate", "args": ["37*12"], "ok": True, "result": "444", "error": None},
@@ -43,6 +44,20 @@ def test_json_form(capfd: pytest.CaptureFixture[str]) -> None:
     }
     assert seconds[0] > 0
     assert seconds[2] == 0
+
+
+def test_sources_have_titles_and_addresses(capfd: pytest.CaptureFixture[str]) -> None:
+    """Prevents: numbers in a result that nobody can look up, and standard output that is not what the model reads."""
+    line = 'Search("Who discovered penicillin?"), Search("height of Mount Fuji")'
+    assert main(ToolCommand(line, json=True)) == 0
+    report = json.loads(capfd.readouterr().out)
+    found = [source for call in report["calls"] for source in call["sources"]]
+    assert [source["number"] for source in found] == list(range(1, 7))
+    assert (found[0]["title"], found[3]["title"]) == ("Penicillin", "Mount Fuji")
+    assert main(ToolCommand(line)) == 0
+    out, err = capfd.readouterr()
+    assert out == report["results"] + "\n"
+    assert err == "".join(f"[{source['number']}] {source['title']}  {source['url']}\n" for source in found)
 
 
 def test_lines_of_standard_input(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -289,6 +289,7 @@ def test_moss_tool_with_a_file(money: Path, capfd: pytest.CaptureFixture[str]) -
         'ConvertMoney("x", "USD") =>\nNo result.\nConvertMoney("1", "GBP") =>\nNo result.\n'
     )
     assert err.splitlines() == [
+        "[1] About me  file:///pages/1",
         "moss tool: ConvertMoney: ConvertMoney was given 'x' where it takes number",
         "moss tool: ConvertMoney: no rate is known for GBP; give one",
     ]

@@ -181,6 +181,12 @@ class Outcome:
         """What stands after `=>`, whole."""
         return cited(self.sources, self.first) if self.sources else self.text
 
+    @property
+    def references(self) -> list[dict[str, Any]]:
+        """What the numbers in a reply stand for: number, title and url of each source."""
+        named = enumerate(self.sources, self.first)
+        return [{"number": number, "title": source.title, "url": source.url} for number, source in named]
+
 
 _room: contextvars.ContextVar[int] = contextvars.ContextVar("room", default=0)
 _late: dict[str, set[threading.Thread]] = {}  # calls of each tool that nobody waits for any more

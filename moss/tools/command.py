@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moss.config import option
-from moss.errors import UsageError
+from moss.errors import UsageError, plain
 from moss.tools.base import Tool, prepare
 from moss.tools.calls import MAX_CALLS, NO_RESULT, format_results, read_commands, run_calls, shown
 from moss.tools.own import load_tools
@@ -33,7 +33,7 @@ class ToolCommand:
     tools_from: Path | None = None  # Python file with tools of your own: functions under @moss.tool
     mcp: str | None = None  # MCP server whose tools to use: a command in quotes, an address, or a settings file
     serve_mcp: bool = False  # serve the tools to an MCP client on standard input and output
-    json: bool = False  # one JSON line each: calls (name, args, ok, result, seconds, error), results, ignored
+    json: bool = False  # one JSON line each: calls (name, args, ok, result, sources, seconds, error), results, ignored
 
 
 def main(config: ToolCommand) -> int:
@@ -67,6 +67,7 @@ def run_line(line: str, tools: Mapping[str, Tool]) -> dict[str, Any]:
     for call, outcome in zip(calls, outcomes):
         result = shown(outcome) if outcome.ok else NO_RESULT if outcome.ran else "None"
         report = {"name": call.name, "args": call.args, "ok": outcome.ok, "result": result}
+        report["sources"] = outcome.references
         reports.append(report | {"seconds": round(outcome.seconds, 6), "error": outcome.error or None})
     results = format_results(calls[:MAX_CALLS], outcomes[:MAX_CALLS], tools)
     return {"calls": reports, "results": results, "ignored": ignored}
@@ -83,6 +84,8 @@ def _show(report: dict[str, Any], *, as_json: bool) -> None:
         return
     print(report["results"], flush=True)
     for call in report["calls"]:
+        for source in call["sources"]:  # not on standard output, which is what the model reads
+            print(plain(f"[{source['number']}] {source['title']}  {source['url']}"), file=sys.stderr)
         if call["error"]:
             print(f"moss tool: {call['name']}: {call['error']}", file=sys.stderr)
     for text in report["ignored"]:

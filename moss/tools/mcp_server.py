@@ -122,6 +122,6 @@ def _answer(call: Call, tools: Mapping[str, Tool]) -> types.CallToolResult:
     """What became of a call, with its tool's deadline; sources with their titles and addresses below."""
     (outcome,) = numbered([news for _, news in stream_calls([call], tools) if isinstance(news, Outcome)])
     text = shown(outcome) if outcome.ok else outcome.error
-    for number, source in enumerate(outcome.sources, outcome.first):
-        text += f"\n<|{number}|> {source.title} {source.url}"
+    for source in outcome.references:
+        text += f"\n<|{source['number']}|> {source['title']} {source['url']}"
     return types.CallToolResult(content=[types.TextContent(type="text", text=text)], is_error=not outcome.ok)

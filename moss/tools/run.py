@@ -413,11 +413,7 @@ def _numberable(outcomes: Mapping[int, Outcome], told: Collection[int]) -> list[
 
 
 def _done(number: int, name: str, outcome: Outcome) -> ToolDone:
-    sources = [
-        {"number": place, "title": source.title, "url": source.url}
-        for place, source in enumerate(outcome.sources, outcome.first)
-    ]
-    return ToolDone(number, name, outcome.ok, outcome.result, outcome.error, outcome.seconds, sources)
+    return ToolDone(number, name, outcome.ok, outcome.result, outcome.error, outcome.seconds, outcome.references)
 
 
 def time_left(limit: float | None, started: float) -> float:
