@@ -136,6 +136,16 @@ def hostile() -> Server[Any]:
             "Wide": {"anyOf": [{"$ref": "#/$defs/Wide"}] * 9},
         },
     }
+    bare = {  # arrays that do not say of what
+        "type": "object",
+        "properties": {
+            "rows": {"type": "array", "items": {"type": ["array", "null"]}},
+            "each": {"anyOf": [{"type": "array"}, {"type": "null"}]},
+            "point": {"type": "object", "properties": {"axes": {"type": "array"}}},
+            "said": {"type": "array", "items": {"type": "integer"}},
+        },
+        "$defs": {"Tags": {"type": "array"}},
+    }
     many = {"type": "object", "properties": {f"x{n}" * 30: {} for n in range(1000)}}
     tools = [
         types.Tool(name=f"evil{ATTACK}", title=f"Calculator{ATTACK}", description=ATTACK, input_schema=odd),
@@ -163,6 +173,7 @@ def hostile() -> Server[Any]:
         ),
         types.Tool(name="picture", input_schema=anything),
         types.Tool(name="asks", input_schema=anything),
+        types.Tool(name="bare", input_schema=bare),
     ]
 
     async def on_list(context: Any, params: Any) -> types.ListToolsResult:

@@ -94,6 +94,8 @@ def typed(annotation: Any, default: Any = ...) -> Tool:
         (bool, "no", False, "boolean"),
         (list, '[1, "a"]', [1, "a"], "array"),
         (list[int], "[1]", [1], "array"),
+        (list[float], "[1, 2.5]", [1, 2.5], "array"),
+        (list[int | str], '[1, "a"]', [1, "a"], "array"),
         (list[list[dict[str, int]]], "[]", [], "array"),
         (dict, '{"a": {"b": 1}}', {"a": {"b": 1}}, "object"),
         (dict[str, float], "{}", {}, "object"),
@@ -128,6 +130,13 @@ def test_texts_become_what_the_function_wants(annotation: Any, text: str, value:
         (bool, "maybe", "boolean"),
         (list, "{}", "array"),
         (list, "a, b", "array"),
+        (list[int], '[1, "a"]', "array of integer"),
+        (list[int], "[1.5]", "array of integer"),
+        (list[bool], "[1]", "array of boolean"),
+        (list[int], "[true]", "array of integer"),
+        (Optional[list[str]], "[1]", "array of string"),  # noqa: UP045
+        (list[list[float]], "[[1, 2.5], 3]", "array of array of number"),
+        ("list[Missing]", "{}", "array"),
         (dict, "[1]", "object"),
         (dict, "[" * 100_000, "object"),
     ],
@@ -137,6 +146,26 @@ def test_texts_of_another_kind_are_one_line(annotation: Any, text: str, wants: s
     with pytest.raises(ToolError, match=f"^Take was given '.*' where it takes {wants}$") as raised:
         typed(annotation).read([text])
     assert len(str(raised.value)) < 100
+
+
+@pytest.mark.parametrize(
+    ("annotation", "items"),
+    [
+        (list, {"type": "string"}),
+        (list[Any], {"type": "string"}),
+        (list[int], {"type": "integer"}),
+        (list[float] | None, {"type": "number"}),
+        ("Optional[list[bool]]", {"type": "boolean"}),
+        ("list[Missing]", {"type": "string"}),
+        (list[list[int]], {"type": "array", "items": {"type": "integer"}}),
+        (list[list], {"type": "array", "items": {"type": "string"}}),
+        (list[dict[str, int]], {"type": "object"}),
+    ],
+)
+def test_every_array_names_its_elements(annotation: Any, items: dict[str, Any]) -> None:
+    """Prevents: one tool with a list for whose sake OpenAI refuses the whole request."""
+    form = typed(annotation).schema["function"]["parameters"]["properties"]["value"]
+    assert form == {"type": "array", "items": items, "description": ""}
 
 
 @pytest.mark.parametrize("annotation", [Literal["a"], int | str, bytes, Any, "Nowhere", "bytes", Tool, 3, "1 +"])

@@ -166,7 +166,7 @@ def hostile() -> dict[str, Tool]:
 
 def test_a_server_cannot_write_into_the_prompt(hostile: dict[str, Tool]) -> None:
     """Names and titles stand in the prompt of every question: one line, plain words, no one else's name."""
-    assert len(hostile) == 3 + 17
+    assert len(hostile) == 3 + 18
     labels = [each.switch for each in hostile.values()]
     names = [each.name for each in hostile.values()]
     assert len(set(labels)) == len(set(names)) == len(hostile)
@@ -203,6 +203,17 @@ def test_odd_arguments_do_not_break_a_server(hostile: dict[str, Tool]) -> None:
     assert (hostile["list"].api, hostile["wrong"].api) == ("List(request)", "Wrong(e)")
     many = next(each for each in hostile.values() if each.key.startswith("aaa"))
     assert len(many.parameters) == 32
+
+
+def test_every_array_names_its_elements(hostile: dict[str, Tool]) -> None:
+    """One server with an array of it does not say what, and OpenAI refuses the request with all other tools in it."""
+    parameters = hostile["bare"].schema["function"]["parameters"]
+    of_text = {"type": "array", "items": {"type": "string"}}
+    forms = parameters["properties"]
+    assert forms["rows"]["items"] == {"type": ["array", "null"], "items": {"type": "string"}}
+    assert forms["each"]["anyOf"] == [of_text, {"type": "null"}]
+    assert forms["point"]["properties"]["axes"] == parameters["$defs"]["Tags"] == of_text
+    assert forms["said"] == {"type": "array", "items": {"type": "integer"}}
 
 
 def test_answers_that_are_no_text(hostile: dict[str, Tool]) -> None:

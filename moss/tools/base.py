@@ -123,8 +123,7 @@ class Tool:
         notes = _argument_notes(self.function)
         properties = {}
         for name, parameter in self.parameters.items():
-            form = {"type": _SCHEMA[_kind(parameter)]}
-            form = {"type": "array", "items": form} if _many(parameter) else form
+            form = _form([*["list"] * _many(parameter), *_kinds(parameter)])
             properties[name] = self.arguments.get(name) or {**form, "description": notes.get(name, "")}
         parameters = {"type": "object", "properties": properties, "required": self.required, **self.definitions}
         return {
@@ -207,7 +206,7 @@ def tool(
         for parameter in made.parameters.values():
             if parameter.kind is parameter.KEYWORD_ONLY:
                 raise ValueError(f"argument {parameter.name} needs a default or a place: a command has no names")
-            _kind(parameter)
+            _kinds(parameter)
         return made
 
     return decorate if function is None else decorate(function)
@@ -270,43 +269,63 @@ def _many(parameter: inspect.Parameter) -> bool:
     return parameter.kind is parameter.VAR_POSITIONAL
 
 
-def _kind(parameter: inspect.Parameter) -> str:
-    """The name of the type of an argument, `str` where there is none; ValueError for one that no text can become."""
-    wanted = parameter.annotation
-    if wanted is parameter.empty:
-        return "str"
+def _kinds(parameter: inspect.Parameter) -> list[str]:
+    """The names of an argument's type, `str` where there is none; ValueError for one that no text can become."""
+    kinds = ["str"] if parameter.annotation is parameter.empty else _names(parameter.annotation)
+    if not kinds:
+        raise ValueError(f"argument {parameter.name} is a {parameter.annotation}; a tool takes {', '.join(_SCHEMA)}")
+    return kinds
+
+
+def _names(wanted: Any) -> list[str]:
+    """The name of a type, behind `list` those of its elements, as far as JSON knows them: list, int for `list[int]`."""
     if get_origin(wanted) is Annotated:
         wanted = get_args(wanted)[0]
     if get_origin(wanted) in (Union, UnionType):
         kinds = [each for each in get_args(wanted) if each is not NoneType]
         wanted = kinds[0] if len(kinds) == 1 else wanted
-    wanted = get_origin(wanted) or wanted
     if isinstance(wanted, str):
-        name = re.split(r"\W", re.sub(r"\s|\|None$|^(?:\w+\.)?Optional\[", "", wanted))[0]
+        bare = re.sub(r"\s|\|None$|^(?:\w+\.)?Optional\[", "", wanted)
+        name, _, inner = re.split(r"(\W|$)", bare, maxsplit=1)
     else:
-        name = getattr(wanted, "__name__", "")
-    if name not in _SCHEMA:
-        raise ValueError(f"argument {parameter.name} is a {parameter.annotation}; a tool takes {', '.join(_SCHEMA)}")
-    return name
+        name = getattr(get_origin(wanted) or wanted, "__name__", "")
+        inner = next(iter(get_args(wanted)), "")
+    return [name, *(_names(inner) if name == "list" else [])] if name in _SCHEMA else []
+
+
+def _form(kinds: Sequence[str]) -> dict[str, Any]:
+    """The JSON schema of such a type. Every array names its elements, or OpenAI refuses the whole request."""
+    if kinds[0] == "list":
+        return {"type": "array", "items": _form(kinds[1:] or ["str"])}
+    return {"type": _SCHEMA[kinds[0]]}
+
+
+def _fits(value: Any, kinds: Sequence[str]) -> bool:
+    """Whether a value of JSON is of such a type, its elements too; True is no integer there."""
+    if not kinds:
+        return True
+    wanted = (int, float) if kinds[0] == "float" else (getattr(builtins, kinds[0]),)
+    return type(value) in wanted and (kinds[0] != "list" or all(_fits(each, kinds[1:]) for each in value))
 
 
 def _converted(text: str, parameter: inspect.Parameter, tool: str) -> Any:
     """The text of an argument as its kind."""
-    default, kind = parameter.default, _kind(parameter)
+    default, kinds = parameter.default, _kinds(parameter)
     if not text and default is not parameter.empty and not isinstance(default, str):
         return default
     try:
-        if kind == "bool":
+        if kinds[0] == "bool":
             return (_YES + _NO).index(text.strip().lower()) < len(_YES)
-        if kind in ("list", "dict"):
+        if kinds[0] in ("list", "dict"):
             value = json.loads(text)
-            if not isinstance(value, getattr(builtins, kind)):
+            if not _fits(value, kinds):
                 raise ValueError
             return value
-        return getattr(builtins, kind)(text)
+        return getattr(builtins, kinds[0])(text)
     except (ValueError, RecursionError):
         shown = text if len(text) <= 40 else text[:39] + "…"
-        raise ToolError(f"{tool} was given {shown!r} where it takes {_SCHEMA[kind]}") from None
+        wanted = " of ".join(_SCHEMA[kind] for kind in kinds)
+        raise ToolError(f"{tool} was given {shown!r} where it takes {wanted}") from None
 
 
 def as_text(value: Any) -> str:

@@ -52,6 +52,7 @@ CALL_SECONDS = 30.0
 CLOSE_SECONDS = 8.0  # a program that does not leave when it is told to is killed before that
 MAX_TOOLS = 64  # of a server
 MAX_ARGUMENTS = 32  # of a tool
+MAX_DEPTH = 24  # of a schema that is looked into
 _RUNNERS = re.compile(r"(python|pipx|uvx?|node|npx|bunx?|deno)[\d.]*$")  # programs that run what is named next
 LOST = (types.CONNECTION_CLOSED, types.INVALID_REQUEST, types.METHOD_NOT_FOUND)  # errors where a server began anew
 KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
@@ -292,7 +293,7 @@ def _block(block: types.ContentBlock) -> str:
 
 def _tool(server: _Server, described: types.Tool, used: Collection[str]) -> Tool:
     """A server's tool as one of ours."""
-    schema = described.input_schema
+    schema = _dict(_with_items(described.input_schema, MAX_DEPTH))
     properties = {str(name): form for name, form in _dict(schema.get("properties")).items()}
     required = [name for name in properties if name in _list(schema.get("required"))]
     order = [*required, *(name for name in properties if name not in required)][:MAX_ARGUMENTS]
@@ -348,6 +349,18 @@ def _identifiers(names: Iterable[str]) -> dict[str, str]:
             cleaned = f"{cleaned if cleaned.isidentifier() else 'argument'}_{place}"
         found[cleaned] = name
     return found
+
+
+def _with_items(form: Any, depth: int) -> Any:
+    """A JSON schema whose arrays all name their elements, or OpenAI refuses the whole request."""
+    if isinstance(form, list) and depth:
+        return [_with_items(each, depth - 1) for each in form]
+    if not isinstance(form, dict) or not depth:
+        return form
+    form = {name: _with_items(each, depth - 1) for name, each in form.items()}
+    if "array" in (_list(form.get("type")) or [form.get("type")]):
+        form.setdefault("items", {"type": "string"})
+    return form
 
 
 def _kind(form: Any, schema: Mapping[str, Any]) -> type:
