@@ -29,6 +29,7 @@ from moss.tools.calls import Outcome, parse_commands, run_calls, stream_calls
 from moss.tools.mcp import connect, targets
 from moss.tools.own import load_tools
 from moss.tools.run import Options, ToolDone, ToolProgress, ToolStarted, answer
+from tests.fake_server import FakeServer, Request
 from tests.fakes import ScriptedEngine
 from tests.test_run import ids
 
@@ -325,10 +326,11 @@ def test_a_server_that_talks_before_it_speaks(capfd: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("where", "words", "usage"),
     [
-        ("no-such-program-anywhere x", "no-such-program-anywhere x failed: [Errno 2] No such file", False),
+        ("no-such-program-anywhere x", "no-such-program-anywhere failed: [Errno 2] No such file", False),
         ("http://127.0.0.1:9/mcp", "the MCP server http://127.0.0.1:9/mcp failed: ", False),
         ("'", "is no command line: No closing quotation", True),
         ("", "--mcp needs a command, an address or a settings file", True),
+        ("http://[::1/mcp", "what --mcp names is no address of an MCP server; write http://host:port/path", True),
         ("nowhere.json", "nowhere.json does not exist", True),
     ],
 )
@@ -352,22 +354,25 @@ def test_a_settings_file_with_several_servers(
 ) -> None:
     """The file that other programs have already; secrets stand in the environment, not in it."""
     monkeypatch.setenv("MY_TOKEN", "s3cret")
+    monkeypatch.setenv("HERE", str(tmp_path))
+    monkeypatch.setenv("PORT", address.split(":")[2].partition("/")[0])
     where = settings(
         tmp_path / "my servers.json",
         near={"command": sys.executable, "args": [str(SERVER), "one"]},
         mine={
             "command": sys.executable,
-            "args": [str(SERVER)],
+            "args": [str(SERVER), "--pid", "${HERE}/pids"],
             "env": {"TOKEN": "Bearer ${MY_TOKEN}", "COST": "$HOME 5$"},
-            "cwd": str(tmp_path),
+            "cwd": "${HERE}",
         },
-        far={"url": address, "headers": {"X-Token": "${MY_TOKEN}"}},
+        far={"url": "http://127.0.0.1:${PORT}/mcp", "headers": {"X-Token": "${MY_TOKEN}"}},
     )
     tools = load_tools(mcp=where)
     assert {"repeat", "near_search", "mine_repeat", "far_repeat", "environment", "far_environment"} <= tools.keys()
     assert gives('Repeat("a"), MineRepeat("a", "2"), FarRepeat("b", "1")', tools) == ["one: a", "a a", "b"]
     line = 'Environment("TOKEN"), Environment("COST"), Environment("MY_TOKEN"), FarHeader("X-Token")'
     assert gives(line, tools) == ["Bearer s3cret", "$HOME 5$", "nothing", "s3cret"]
+    assert (tmp_path / "pids").read_text().split() == gives('Process("")', tools)
     assert cli.main(["tool", "--mcp", where, 'FarGetTime("x")']) == 0
     assert capfd.readouterr().out == 'FarGetTime("x") =>\nnoon\n'
 
@@ -383,6 +388,10 @@ def test_a_settings_file_with_several_servers(
         ('{"mcpServers": {"a": "python x"}}', "is no settings file"),
         ('{"mcpServers": {"a": {"command": "x", "env": ["A=1"]}}}', "is no settings file"),
         ('{"mcpServers": {"a": {"command": "x", "env": {"A": "${NOT_SET_ANYWHERE}"}}}}', "wants ${NOT_SET_ANYWHERE}"),
+        ('{"mcpServers": {"a": {"url": ""}}}', "is no settings file"),
+        ('{"mcpServers": {"a": {"url": "ftp://h/x"}}}', "the url of a is no address of an MCP server"),
+        ('{"mcpServers": {"a": {"url": "http://h/${NOT_SET_ANYWHERE}"}}}', "wants ${NOT_SET_ANYWHERE}"),
+        ('{"mcpServers": {"a": {"command": "x", "args": ["${NOT_SET_ANYWHERE}"]}}}', "wants ${NOT_SET_ANYWHERE}"),
         ("\udcff", "is no settings file"),
     ],
 )
@@ -399,7 +408,67 @@ def test_what_names_a_server() -> None:
     (target,) = targets("python -u weather.py --config a.json")
     assert (target.name, target.command) == ("weather", ("python", "-u", "weather.py", "--config", "a.json"))
     names = {"npx -y @a/fs /data": "fs", "/opt/server.sh --key sk-1": "server", "https://x.org:1/mcp": "x.org"}
+    names |= {"https://me:sk-1@x.org/mcp": "x.org", "https://x.org?key=sk-1": "x.org"}
     assert {where: targets(where)[0].name for where in names} == names
+
+
+KEY = "s3cret-Key-1"
+ECHO = "import os, sys; sys.exit(' '.join([*sys.argv[1:], os.environ.get('TOKEN', '')]))"  # repeats what it was given
+
+
+def repeats(request: Request) -> None:
+    """A server that does so."""
+    error = {"jsonrpc": "2.0", "id": 0, "error": {"code": -32000, "message": f"not allowed: {request.path}"}}
+    request.refuse(400, error)
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        ({"url": "URL/mcp?api_key=${KEY}"}, "near failed: not allowed: "),
+        ({"url": "URL/s/${KEY}/mcp"}, "near failed: not allowed: "),
+        ({"url": "http://me:${KEY}@127.0.0.1:9/mcp"}, "near failed: All connection attempts failed"),
+        ({"url": "http://me:s3cret/1@127.0.0.1:9/mcp"}, "the url of near is no address of an MCP server"),
+        ({"url": "URL/mcp", "headers": {"X-Key": "Bearer ${KEY}\n"}}, "near failed: Illegal header value"),
+        ({"command": sys.executable, "args": ["-c", ECHO, "--key", KEY]}, "near failed: Connection closed (--key …)"),
+        ({"command": sys.executable, "args": ["-c", ECHO, f"--key={KEY}"]}, "(--key=…)"),
+        ({"command": sys.executable, "args": ["-c", ECHO], "env": {"TOKEN": "${KEY}"}}, "(…)"),
+        ({"command": "no-such-program", "args": ["${KEY}"]}, "near failed: [Errno 2] No such file"),
+        ({"command": sys.executable, "args": ["-m", "no_such_server"]}, "No module named no_such_server)"),
+        (f"no-such-program --key {KEY}", "the MCP server no-such-program failed: [Errno 2] No such file"),
+        (f"no-such-program '{KEY}", "what --mcp names is no command line: No closing quotation"),
+        (f"http://me:{KEY}@127.0.0.1:9/mcp?key={KEY}", "the MCP server http://127.0.0.1:9/mcp failed: "),
+    ],
+)
+def test_no_message_holds_a_key(
+    server: dict[str, Any] | str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """What goes wrong is pasted into reports for all to read, with the key that the settings hold; and servers like to
+    repeat what they were sent."""
+    monkeypatch.setenv("KEY", KEY)
+    with FakeServer(repeats, repeats=True) as web:
+        if isinstance(server, dict):
+            row = json.dumps({"mcpServers": {"near": server}})
+            (tmp_path / "servers.json").write_text(row.replace("URL", web.url.removesuffix("/v1")))
+            server = str(tmp_path / "servers.json")
+        assert cli.main(["tool", "--mcp", server, 'Calculate("1")']) in (1, 2)
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and words in err
+    assert "s3cret" not in err
+
+
+def test_no_message_of_a_call_holds_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that refuses a call, or dies of it, may say with what key."""
+    monkeypatch.setenv("KEY", KEY)
+    row = {"command": sys.executable, "args": [str(SERVER), "--key", KEY], "env": {"TOKEN": "${KEY}"}}
+    tools = by_key(connect(settings(tmp_path / "servers.json", near=row)))
+    assert gives('Environment("TOKEN")', tools) == [KEY]  # what it answers is its own affair
+    (refused,) = gives(f'Fails("{KEY} and {SERVER}")', tools)
+    assert refused.endswith(f"… and {SERVER}")
 
 
 # -------------------------------------------------------------------------------------------------------- the program

@@ -7,7 +7,8 @@
 Each tool of a server becomes a `Tool` with its own switch, API line and schema. What a server says about itself stands
 in prompts, so names and labels are cut to plain words; none takes the name or key of another tool. A connection lives
 on one background thread as long as the program; a server that ended is started again at the next call. In a settings
-file `env` and `headers` may hold `${NAME}` for what stands in the environment.
+file `${NAME}` is what stands in the environment. Keys are often among the settings, so messages leave out whatever may
+be one (`Target.hush`).
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ import re
 import shlex
 import tempfile
 import threading
-from collections.abc import Collection, Coroutine, Iterable, Mapping
+from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import SplitResult, urlsplit
 
 from moss.chat import SWITCHES
 from moss.errors import UsageError
@@ -53,6 +55,8 @@ CLOSE_SECONDS = 8.0  # a program that does not leave when it is told to is kille
 MAX_TOOLS = 64  # of a server
 MAX_ARGUMENTS = 32  # of a tool
 MAX_DEPTH = 24  # of a schema that is looked into
+SETTINGS = ("command", "args", "cwd", "env", "url", "headers")  # what is read of a server in a settings file
+_WORD = re.compile(r"[^\s\x00-\x1f\x7f:&=?#@]{6,}")  # of a setting, long enough to be a secret
 _RUNNERS = re.compile(r"(python|pipx|uvx?|node|npx|bunx?|deno)[\d.]*$")  # programs that run what is named next
 LOST = (types.CONNECTION_CLOSED, types.INVALID_REQUEST, types.METHOD_NOT_FOUND)  # errors where a server began anew
 KINDS = {"string": str, "integer": int, "number": float, "boolean": bool, "array": list, "object": dict}
@@ -67,14 +71,27 @@ logging.getLogger("mcp").addHandler(logging.NullHandler())  # a server's garbage
 
 @dataclass(frozen=True)
 class Target:
-    """Where a server is: its address, or the program that is one."""
+    """Where a server is: its address, or the program that is one. `shown` is how messages name it."""
 
     name: str
+    shown: str
     url: str = ""
     command: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     cwd: str | None = None
+
+    def hush(self, text: str) -> str:
+        """A message without what may be a secret, since servers repeat what they were given: the words of environment,
+        headers, address and arguments, but no options, what is run, and what lies on the disk."""
+        address = urlsplit(self.url)
+        given = [*self.env.values(), *self.headers.values(), *self.command[1:]]
+        given += [address.netloc.rpartition("@")[0], address.path, address.query]
+        words = {word for each in given for word in _WORD.findall(each)} - set(_WORD.findall(_program(self.command)))
+        for word in sorted(words, key=len, reverse=True):
+            if not (word.startswith("-") or os.path.exists(word)):  # noqa: PTH110, for Path's fails with a long key
+                text = text.replace(word, "…")
+        return text
 
 
 def connect(where: str, taken: Collection[str] = ()) -> list[Tool]:
@@ -95,17 +112,36 @@ def connect(where: str, taken: Collection[str] = ()) -> list[Tool]:
 def targets(where: str) -> list[Target]:
     """What `--mcp` names."""
     if re.match(r"https?://", where):
-        return [Target(re.sub(r"^https?://([^/:]+).*", r"\1", where), url=where)]
+        address = _address(where, "what --mcp names")
+        host = address.netloc.rpartition("@")[2]
+        return [Target(address.hostname or host, f"{address.scheme}://{host}{address.path}", url=where)]
     try:
         words = shlex.split(where)
     except ValueError as error:
-        raise UsageError(f"{where!r} is no command line: {error}") from None
+        raise UsageError(f"what --mcp names is no command line: {error}") from None
     if not words:
         raise UsageError("--mcp needs a command, an address or a settings file")
     if where.endswith(".json") and (len(words) == 1 or Path(where).is_file()):
         return _settings_file(Path(where))
-    ran = [word for word in words[1:] if not word.startswith("-")] if _RUNNERS.match(Path(words[0]).name) else []
-    return [Target(Path([*ran, words[0]][0]).stem, command=tuple(words))]
+    return [Target(Path(_program(words)).stem, words[0], command=tuple(words))]
+
+
+def _program(command: Sequence[str]) -> str:
+    """The word that names a program: what a runner, such as python or npx, is told to run, else the first."""
+    ran = command[1:] if command and _RUNNERS.match(Path(command[0]).name) else []
+    return next((word for word in (*ran, *command) if not word.startswith("-")), "")
+
+
+def _address(url: str, what: str) -> SplitResult:
+    """The parts of a server's address; UsageError, which does not repeat it, where it is none."""
+    try:
+        address = urlsplit(url)
+        valid = address.scheme in ("http", "https") and address.hostname and address.port != 0
+    except ValueError:  # from `port`, too
+        valid = False
+    if valid:
+        return address
+    raise UsageError(f"{what} is no address of an MCP server; write http://host:port/path")
 
 
 def _settings_file(path: Path) -> list[Target]:
@@ -113,10 +149,12 @@ def _settings_file(path: Path) -> list[Target]:
         servers = json.loads(path.read_text(encoding="utf-8"))["mcpServers"]
         found = []
         for name, row in servers.items():
-            command = (row["command"], *row.get("args", ())) if "url" not in row else ()
-            env, headers = (_expanded(row.get(key) or {}, path) for key in ("env", "headers"))
-            url = str(row.get("url", ""))
-            found.append(Target(str(name), url, tuple(map(str, command)), env, headers, row.get("cwd")))
+            given = _expanded({part: row[part] for part in SETTINGS if row.get(part)}, path)
+            command = (given["command"], *given.get("args", ())) if "url" not in given else ()
+            env, headers = (dict(given.get(part, {})) for part in ("env", "headers"))
+            if "url" in given:
+                _address(given["url"], f"{path}: the url of {name}")
+            found.append(Target(name, name, given.get("url", ""), command, env, headers, given.get("cwd")))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
     except UsageError:
@@ -129,15 +167,19 @@ def _settings_file(path: Path) -> list[Target]:
     return found
 
 
-def _expanded(values: Mapping[str, Any], path: Path) -> dict[str, str]:
-    """Texts with `${NAME}` as it stands in the environment."""
+def _expanded(value: Any, path: Path) -> Any:
+    """Settings as texts, with `${NAME}` as it stands in the environment."""
+    if isinstance(value, dict):
+        return {name: _expanded(each, path) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_expanded(each, path) for each in value]
 
     def look_up(name: re.Match[str]) -> str:
         if name[1] not in os.environ:
             raise UsageError(f"{path} wants {name[0]}, which the environment does not have")
         return os.environ[name[1]]
 
-    return {str(key): re.sub(r"\$\{(\w+)\}", look_up, str(value)) for key, value in values.items()}
+    return re.sub(r"\$\{(\w+)\}", look_up, str(value))
 
 
 class _Connection:
@@ -192,12 +234,11 @@ class _Server:
         self._all: set[_Connection] = set()  # also those that have not quite ended
         self._errors: Any = tempfile.TemporaryFile("a+", encoding="utf-8", errors="replace")  # noqa: SIM115
         _servers.append(self)
-        where = target.url or shlex.join(target.command)
         try:
             self.tools = _run(self._list(), CONNECT_SECONDS + 1)[:MAX_TOOLS]
         except Exception as error:
             _background().call_soon_threadsafe(self._drop)
-            raise ValueError(f"the MCP server {where} failed: {_reason(error)}{self._said()}") from None
+            raise ValueError(f"the MCP server {target.shown} failed: {self._why(error)}") from None
 
     def call(self, name: str, arguments: dict[str, Any], seconds: float) -> str:
         """The text of a tool's answer; `ToolError` with the server's own reason, or with ours."""
@@ -206,10 +247,10 @@ class _Server:
         except TimeoutError:
             raise ToolError(f"{self.target.name} took more than {seconds:g} s") from None
         except Exception as error:
-            raise ToolError(f"{self.target.name} failed: {_reason(error)}{self._said()}") from None
+            raise ToolError(f"{self.target.name} failed: {self._why(error)}") from None
         text = "\n".join(map(_block, result.content))
         if result.is_error:
-            raise ToolError(text or f"{self.target.name} failed without a reason")
+            raise ToolError(self.target.hush(text) or f"{self.target.name} failed without a reason")
         if not text and result.structured_content is not None:
             return json.dumps(result.structured_content, ensure_ascii=False)
         return text
@@ -275,11 +316,12 @@ class _Server:
         given = mcp.StdioServerParameters(command=program, args=arguments, env=dict(target.env), cwd=target.cwd)
         return mcp.stdio_client(given, errlog=self._errors)
 
-    def _said(self) -> str:
-        """The last thing that the program said about its trouble, in brackets."""
+    def _why(self, error: BaseException) -> str:
+        """The reason of an error and, in brackets, the last thing that the program said about its trouble."""
         self._errors.seek(0)
         said = [line.strip() for line in self._errors.read()[-4000:].splitlines() if line.strip()]
-        return f" ({said[-1][:200]})" if said else ""
+        reason, *last = (self.target.hush(text)[:200] for text in (_reason(error), *said[-1:]))
+        return f"{reason} ({last[0]})" if last else reason
 
 
 def _block(block: types.ContentBlock) -> str:
@@ -402,7 +444,7 @@ def _reason(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     text = "it gave no answer in time" if isinstance(error, TimeoutError) else " ".join(str(error).split())
-    return text[:200] or type(error).__name__
+    return text or type(error).__name__
 
 
 # --------------------------------------------------------------------------------------------- the thread of all

@@ -31,7 +31,7 @@ def load_tools(file: str | Path | None = None, mcp: str | None = None) -> dict[s
     if mcp is not None:
         connect = importlib.import_module("moss.tools.mcp").connect  # the extra is needed only here
         taken = {name for tool in tools.values() for name in (tool.key, tool.name, tool.switch)}
-        tools = merged(tools, connect(mcp, taken), mcp)
+        tools = merged(tools, connect(mcp, taken), "--mcp")  # what it names may hold a key
     return tools
 
 
