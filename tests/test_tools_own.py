@@ -85,6 +85,28 @@ def test_a_file_of_tools(money: Path) -> None:
     assert load_tools() == standard_tools()
 
 
+def test_a_file_imports_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second file for what tools share is where everybody begins, and the name of a library must stay the library."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path.parent)
+    for name, text in (("rates_here", "USD = 2"), ("later_here", "FEE = 1"), ("json", "1/0")):
+        (tmp_path / f"{name}.py").write_text(text)
+    text = """
+import json, moss, rates_here
+@moss.tool
+def convert(amount: float) -> str:
+    'Convert.'
+    import later_here
+    return str(amount * rates_here.USD - later_here.FEE)
+"""
+    written(tmp_path, text)
+    tools = load_tools(Path(tmp_path.name) / "tools.py")
+    monkeypatch.chdir("/")
+    assert tools["convert"](3) == "5"
+    load_tools(tmp_path / "tools.py")
+    assert sys.path.count(str(tmp_path)) == 1
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

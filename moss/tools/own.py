@@ -2,8 +2,8 @@
 
     tools = load_tools("tools.py", "http://127.0.0.1:9000/mcp")    # by key, the standard tools among them
 
-A file's tools are whatever in it was made with `@tool`. It is run as every Python file is, so it is trusted as code of
-one's own; only what a tool returns is data.
+A file's tools are whatever in it was made with `@tool`. It is run as every Python file is, and may import the files
+beside it, so it is trusted as code of one's own; only what a tool returns is data.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ def from_file(path: Path) -> list[Tool]:
     spec = importlib.util.spec_from_file_location(f"moss_tools_from_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise UsageError(f"{path} is no Python file; its name must end in .py")
+    if (folder := str(path.resolve().parent)) not in sys.path:
+        sys.path.append(folder)  # for good, since a tool may import when it is called; last, so that it hides nothing
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where dataclasses and pickles look their module up
     try:
