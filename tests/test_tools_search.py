@@ -22,6 +22,7 @@ from moss.tools.base import Source, ToolError, on_progress, prepare, standard_to
 from moss.tools.calls import ITEM_LIMIT, Call, Outcome, format_results, numbered, run_calls
 from moss.tools.entries import markdown_pages
 from moss.tools.index import Entry, Index
+from moss.tools.sandbox import Sandbox
 from moss.tools.textrank import is_chinese
 from tests.fake_web import FakeWeb, answer, page, told
 
@@ -364,6 +365,17 @@ def test_the_providers_words_where_no_page_can_be_read(monkeypatch: pytest.Monke
             ask(web, hits(("http://a.example/", "")), monkeypatch)
         with pytest.raises(ToolError, match="nothing found"):
             ask(web, hits(), monkeypatch)
+
+
+def test_why_no_page_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a search that gives snippets for ever, and nobody knows that what reads pages does not start."""
+    names = [(f"http://{name}.example/", "snippet") for name in "abc"]
+    with FakeWeb(page("Moss grows in damp and shady places, they say.")) as web:
+        broken = Sandbox("moss.tools.no_such_file:read", packages=("trafilatura",))
+        monkeypatch.setattr(extract, "BOX", broken)
+        found, news = ask(web, hits(*names), monkeypatch)
+    assert [source.text for source in found] == ["snippet"] * 3
+    assert news[-1].startswith("none of 3 pages could be read: ") and "no_such_file" in news[-1]
 
 
 def test_a_page_that_moved_is_cited_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,7 +75,7 @@ def shares(room: int, query: str) -> tuple[int, int]:
 
 
 async def _network(place: str, query: str, room: int, until: float) -> list[Source]:
-    """The pages that a provider names, read and summed up; its own words where none of them can be read."""
+    """The pages that a provider names, read and summed up; its own words, and why, where none of them can be read."""
     pages, limit = shares(room, query)
     if (left := until - time.monotonic()) < 0.5:
         raise ToolError("the places before it took all the time")
@@ -84,17 +84,21 @@ async def _network(place: str, query: str, room: int, until: float) -> list[Sour
     hits = [hit for hit in hits if fetch.is_address(hit.url)][:pages]
     progress(f"reading {len(hits)} page{'s' * (len(hits) != 1)}")
     seconds = min(fetch.SECONDS, until - time.monotonic() - extract.SECONDS)
+    failed: list[str] = []
 
     async def read(hit: providers.Hit) -> Source | None:
         try:
             page = await fetch.read_page(hit.url, seconds)
             title, text = await asyncio.to_thread(extract.text_of, page)
-        except ToolError:  # it is left out
+        except ToolError as error:  # it is left out
+            failed.append(str(error))
             return None
         text = summarize(text, limit=limit, query=query)
         return Source(hit.title or title, page.url, text) if text else None
 
     found = [source for source in await asyncio.gather(*map(read, hits)) if source is not None]
+    if failed and not found:
+        progress(f"none of {len(hits)} pages could be read: {failed[0]}")
     said = [Source(hit.title, hit.url, summarize(hit.text, limit=limit, query=query)) for hit in hits]
     return found or [source for source in said if source.text]
 
