@@ -226,6 +226,28 @@ def test_the_next_address_where_one_is_dead() -> None:
         read(web, inner=Deaf())
 
 
+@pytest.mark.parametrize(("number", "seconds", "most"), [(1, 12.0, 3.0), (1, 1.0, 0.8), (3, 2.0, 1.8)])
+def test_an_address_that_never_answers(number: int, seconds: float, most: float) -> None:
+    """Prevents a page that is lost since a first address, whose packets somebody drops, takes all the time there is."""
+
+    class Mute(httpx2.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+            if request.url.host.startswith("2600"):
+                await asyncio.sleep(request.extensions["timeout"]["connect"])
+                raise httpx2.ConnectTimeout("")
+            assert request.extensions["timeout"]["connect"] == seconds  # the last one has what is left
+            return await wire.handle_async_request(request)
+
+    dead = [f"2600::{place}" for place in range(number)]
+    begun = time.monotonic()
+    with FakeWeb(page("x"), lookup={"one.example": [*dead, PUBLIC]}) as web:
+        wire = web.wire()
+        assert b"<p>x</p>" in read(web, seconds=seconds, inner=Mute()).content
+    assert time.monotonic() - begun < most
+    with FakeWeb(page("x"), lookup={"one.example": dead}) as web, pytest.raises(ToolError, match="took more than"):
+        read(web, seconds=0.2, inner=Mute())
+
+
 # -------------------------------------------------------------------------------------------------------------- TLS
 
 

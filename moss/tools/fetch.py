@@ -42,6 +42,7 @@ import httpx2
 from moss.tools.base import ToolError
 
 SECONDS = 6.0  # for one page, from the look-up to the last byte
+DIAL_SECONDS = 2.0  # for an address, at most its share of the time, while there is another one to try
 MAX_WIRE = 2 << 20
 MAX_PAGE = 4 << 20
 MAX_URL = 2000
@@ -167,15 +168,18 @@ class _Guard(httpx2.AsyncBaseTransport):
         if self.strangers and (refused := [each for each in addresses if not is_public(each)]):
             raise ToolError(f"{name} is refused: {refused[0]} is not a public address")
         request.extensions = {**request.extensions, "sni_hostname": name.rstrip(".")}
+        seconds = request.extensions["timeout"]["connect"]
         *others, last = addresses
         for address in others:
-            with contextlib.suppress(httpx2.ConnectError):
-                return await self._dial(request, url, address)
-        return await self._dial(request, url, last)
+            with contextlib.suppress(httpx2.ConnectError, httpx2.ConnectTimeout):
+                return await self._dial(request, url, address, min(DIAL_SECONDS, seconds / len(addresses)))
+        return await self._dial(request, url, last, seconds)
 
-    async def _dial(self, request: httpx2.Request, url: httpx2.URL, address: str) -> httpx2.Response:
-        """Ask at one address; the Host header and the certificate's name stay."""
+    async def _dial(self, request: httpx2.Request, url: httpx2.URL, address: str, seconds: float) -> httpx2.Response:
+        """Ask at one address, given so long to connect; the Host header and the certificate's name stay."""
         request.url = url.copy_with(host=address, username="", password="")
+        timeout = {**request.extensions["timeout"], "connect": seconds}
+        request.extensions = {**request.extensions, "timeout": timeout}
         return await self.inner.handle_async_request(request)
 
     async def aclose(self) -> None:
