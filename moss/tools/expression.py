@@ -6,10 +6,11 @@ interpreter. A tree is nested tuples:
     ("num", "1.5")  ("name", "x")  ("neg", a)  ("bin", "+", a, b)  ("call", "sqrt", [a])  ("post", "!", a)
 
 `+ - * / // % ^` bind as in Python (`**` is `^`, and `^` binds tighter than a sign), `!` and the percent sign follow
-their number, and a product may leave out its sign: `2x`, `3sqrt(4)`, `(1+2)(3+4)`. That product binds like a written
-one, from the left, so `3/4x` is `(3/4)*x`; a function may be written as in Python, `math.sqrt(2)`, `max([1,2])`. Signs
-beyond ASCII come in through the tables below and nowhere else: compatibility folding (NFKC) would read `2³` as 23 and
-let look-alike letters in. Whatever has two readings is refused with its reason.
+their number (`3!!` is `(3!)!`), and a product may leave out its sign: `2x`, `3sqrt(4)`, `(1+2)(3+4)`. That product
+binds like a written one, from the left, so `3/4x` is `(3/4)*x`; a function may be written as in Python,
+`math.sqrt(2)`, `max([1,2])`. Signs beyond ASCII come in through the tables below and nowhere else: compatibility
+folding (NFKC) would read `2³` as 23 and let look-alike letters in. What these rules leave open is refused with its
+reason, as `f(x)=3`: a function's value to some, a product to others.
 """
 
 from __future__ import annotations
@@ -192,6 +193,11 @@ class _Parser:
         return found
 
     def _statement(self) -> Statement:
+        match self.tokens[self.position : self.position + 5]:
+            case [("name", name), (_, "("), ("name", inner), (_, ")"), (_, "=" | "==")] if not self._is_call(name):
+                if name not in ("pi", "e", inner):
+                    both = f"{name}({inner}) may be a function or a product"
+                    raise ExpressionError(f"{both}; write {name}*{inner}, or the equation itself, such as 2{inner}+1=5")
         left = self._expression(0)
         relation, right = "", None
         if self.tokens[self.position][1] in _RELATIONS:
