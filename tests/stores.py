@@ -15,7 +15,8 @@ import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
-from moss.serve.store.database import read_url
+from moss.serve.store.database import Database, read_url
+from moss.serve.store.tables import Base
 
 ENGINES = ["sqlite", "postgresql"]
 
@@ -38,3 +39,12 @@ def place(kind: str, folder: Path) -> Iterator[str]:
         finally:
             connection.execute(text(f"DROP DATABASE {name} WITH (FORCE)"))
     admin.dispose()
+
+
+@contextlib.contextmanager
+def emptied(store: Database) -> Iterator[Database]:
+    """A store that is as it was before when the block ends: made once, for many tests."""
+    yield store
+    with store.write() as db:
+        for table in reversed(Base.metadata.sorted_tables):
+            db.execute(table.delete())

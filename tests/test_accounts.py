@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,15 +22,21 @@ from moss.serve.refused import Refused
 from moss.serve.store.database import Database
 from moss.serve.store.tables import Base, Code, Invite, Key, Login, User
 from moss.serve.store.types import now
-from tests.stores import ENGINES, place
+from tests.stores import ENGINES, emptied, place
 
 GOOD = "correct horse"
 
 
-@pytest.fixture(params=ENGINES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    with place(request.param, tmp_path) as url, Database.open(url) as opened:
-        yield opened
+@pytest.fixture(scope="module", params=ENGINES)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    with place(request.param, tmp_path_factory.mktemp("store")) as url, Database.open(url) as store:
+        yield store
+
+
+@pytest.fixture
+def store(opened: Database) -> Iterator[Database]:
+    with emptied(opened) as store:
+        yield store
 
 
 class Changing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +15,19 @@ from moss.serve.store.database import Database
 from moss.serve.store.tables import Base, Conversation, Message, Round, User
 from moss.serve.store.types import now
 from moss.serve.talks import MOST_TEXT, Talks
-from tests.stores import ENGINES, place
+from tests.stores import ENGINES, emptied, place
 
 
-@pytest.fixture(params=ENGINES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    with place(request.param, tmp_path) as url, Database.open(url) as opened:
-        yield opened
+@pytest.fixture(scope="module", params=ENGINES)
+def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
+    with place(request.param, tmp_path_factory.mktemp("store")) as url, Database.open(url) as store:
+        yield store
+
+
+@pytest.fixture
+def store(opened: Database) -> Iterator[Database]:
+    with emptied(opened) as store:
+        yield store
 
 
 def person(store: Database, email: str) -> Talks:
