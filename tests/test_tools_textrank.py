@@ -6,6 +6,7 @@ import math
 import random
 import time
 import tracemalloc
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from moss.tools.asked import of_its_kind
-from moss.tools.textrank import DAMPING, FROM_QUESTION, UNASKED, is_chinese, rank, summarize, walk
-from moss.tools.words import MAX_SENTENCES, sentences, terms
+from moss.tools.textrank import DAMPING, FROM_QUESTION, MAX_SENTENCES, UNASKED, is_chinese, rank, summarize, walk
+from moss.tools.words import sentences, terms
 
 NOBODY = np.zeros
 
@@ -163,11 +164,18 @@ def test_texts_that_say_nothing() -> None:
     assert summarize("Hi.", limit=50) == "Hi."
 
 
-def test_three_hundred_sentences_count() -> None:
-    """Prevents a graph that grows with the square of a page's length."""
+def test_three_hundred_sentences_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prevents a graph that grows with the square of a page's length, and the answer at the end of a long one from
+    not being among what is read."""
+    compared: list[Sequence[str]] = []
+    monkeypatch.setattr("moss.tools.textrank.rank", lambda every, query: compared.append(every) or rank(every, query))
     text = " ".join(f"Sentence number {n} is about the moss." for n in range(2000))
-    assert len(sentences(text)) == MAX_SENTENCES
-    assert "number 1999" not in summarize(text, limit=400, query="sentence number 1999")
+    assert "number 1999" in summarize(text, limit=400, query="Where is number 1999?")
+    assert summarize(text, limit=30) == "Sentence number 0 is about th…"
+    assert [len(every) for every in compared] == [MAX_SENTENCES] * 2
+    assert [each[0][:17] for each in compared] == ["Sentence number 0"] * 2  # of equal ones the first, in their order
+    chinese = "".join(f"第{n}句说的是苔藓。" for n in range(2000)) + "泥炭值七元。"
+    assert "泥炭值七元。" in summarize(chinese, limit=60, query="泥炭多少钱？")
 
 
 def test_chinese_is_told_from_english() -> None:

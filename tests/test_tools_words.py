@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from moss.tools.words import MAX_SENTENCES, MAX_TEXT, MAX_WORD, sentences, terms
+from moss.tools.words import MAX_TEXT, MAX_WORD, PASSAGE, held, passages, sentences, terms
 
 
 @pytest.mark.parametrize(
@@ -78,10 +78,53 @@ def test_a_question_of_small_words_alone() -> None:
 
 
 def test_where_it_ends() -> None:
-    """Prevents a page of a million sentences, or a word of a million letters that is kept for good."""
-    assert sentences("Word one. " * 1000) == ["Word one."] * MAX_SENTENCES
+    """Prevents a page of a million characters that is read whole, or a word of as many that is kept for good."""
+    assert len(sentences("Word one. " * 100_000)) == MAX_TEXT // 10
     assert len(sentences("a" * 10 * MAX_TEXT)[0]) == MAX_TEXT
     assert terms("a" * 1000) == terms("a" * MAX_WORD)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Moss, studied in a CAFÉ since 1895.", {"moss", "studi", "café", "1895"}),
+        ("苔藓生长了", {"苔藓", "藓生"}),
+        ("金。苔  藓", {"金"}),
+        ("金属", set()),  # a single character is a term where it stands alone
+        ("ＭＯＳＳ", {"moss"}),
+        ("mossy, moss's die", {"moss", "die"}),
+        ("He was dying", {"die"}),
+        ("", set()),
+    ],
+)
+def test_which_of_some_terms_a_text_holds(text: str, expected: set[str]) -> None:
+    """Prevents a quick look that sees other words in a page than the index has of it."""
+    asked = {"moss", "studi", "café", "1895", "苔藓", "藓生", "生藓", "金", "die", "the"}
+    assert held(asked, text) == expected == asked.intersection(terms(text, stop=False))
+
+
+@pytest.mark.parametrize(
+    ("text", "ends"),
+    [
+        ("Moss is green. " * 1000, "."),
+        ("苔藓是绿的。" * 1000, "。"),
+        ("moss " * 3000, "s"),
+        ("Dr. Moss met Mr. Green\n" * 500, "n"),
+        ("They met Mr. Green. " * 500, "Green."),
+    ],
+)
+def test_passages_end_where_something_ends(text: str, ends: str) -> None:
+    """Prevents a long page whose end nobody reads, and an answer that is cut in two."""
+    found = list(passages(text))
+    assert all(PASSAGE // 2 <= len(each) <= PASSAGE and each.endswith(ends) for each in found[:-1])
+    assert "".join("".join(found).split()) == "".join(text.split())
+
+
+def test_passages_of_odd_texts() -> None:
+    """Prevents a page that is lost because it is empty, or without a blank; and an empty passage among others."""
+    assert list(passages("")) == [""] and list(passages("short")) == ["short"]
+    assert list(map(len, passages("a" * (2 * PASSAGE + 5)))) == [PASSAGE, PASSAGE, 5]
+    assert list(passages("a" + " " * 3 * PASSAGE + "b")) == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -93,6 +136,7 @@ def test_hostile_text_takes_time_in_line_with_its_length(piece: str) -> None:
     text = piece * (1_000_000 // len(piece))
     begun = time.monotonic()
     sentences(text)
+    list(passages(text[:MAX_TEXT]))
     terms(text[: MAX_TEXT // 10])
     assert time.monotonic() - begun < 3.0
 

@@ -6,11 +6,14 @@ A sentence is important where it shares words with important ones: the words tha
 logarithms of their lengths, are the edges of a graph (Mihalcea and Tarau, 2004, equation in section 4), and the rank is
 the stationary distribution of a random walk on it. The walk starts anew not anywhere, but at sentences that hold words
 of the question (the bias of topic-sensitive PageRank, Haveliwala 2002), the rarer the word the more. The best
-sentences that fit are returned in the order of the text.
+sentences that fit are returned in the order of the text. Of a long page those are compared that hold most of the
+question's words.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import chain
@@ -20,6 +23,7 @@ import numpy as np
 from moss.tools.asked import of_its_kind
 from moss.tools.words import sentences, terms
 
+MAX_SENTENCES = 300  # that are compared with each other
 DAMPING = 0.85
 AT_ONCE = 2048  # words that are compared at a time
 LEAST = 6  # characters of a sentence that says anything
@@ -32,6 +36,7 @@ def summarize(text: str, *, limit: int, query: str = "") -> str:
     every = list(dict.fromkeys(sentence for sentence in sentences(text) if len(sentence) >= LEAST))
     if not every:
         return text.strip()[:limit]
+    every = _most_asked(every, query)
     glue = "" if is_chinese(text) else " "
     chosen: set[int] = set()
     room = limit
@@ -43,6 +48,18 @@ def summarize(text: str, *, limit: int, query: str = "") -> str:
         elif not chosen:  # the best one alone is too long
             return every[index][: limit - 1] + "…"
     return glue.join(every[index] for index in sorted(chosen))
+
+
+def _most_asked(every: list[str], query: str) -> list[str]:
+    """The sentences that hold most of the question's words, the rarer the more, then the first ones; in their order."""
+    if len(every) <= MAX_SENTENCES:
+        return every
+    asked = set(terms(query))
+    found = [asked.intersection(terms(sentence)) for sentence in every]
+    count = Counter(chain.from_iterable(found))
+    weight = [round(sum(math.log(1 + len(every) / count[word]) for word in words), 9) for words in found]
+    best = sorted(range(len(every)), key=lambda at: -weight[at])[:MAX_SENTENCES]
+    return [every[at] for at in sorted(best)]
 
 
 def rank(every: Sequence[str], query: str = "") -> np.ndarray:
@@ -94,4 +111,4 @@ def _asked(bags: Sequence[Collection[str]], query: str) -> np.ndarray:
 
 def is_chinese(text: str) -> bool:
     """Whether a text is mostly written in Chinese characters."""
-    return sum("\u3400" <= character <= "\u9fff" for character in text[:2000]) * 4 > len(text[:2000])
+    return len(re.findall("[\u3400-\u9fff]", text[:2000])) * 4 > len(text[:2000])

@@ -1,4 +1,4 @@
-"""Text as a search sees it: sentences, and terms that compare across word forms, for English and Chinese alike.
+"""Text as a search sees it: passages, sentences, and terms that compare across word forms, for English and Chinese.
 
     sentences("Moss grows slowly. It needs shade.")     # ['Moss grows slowly.', 'It needs shade.']
     terms("The mosses are growing")                     # ['moss', 'grow']
@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Collection, Iterator
 from functools import cache, lru_cache
+from itertools import pairwise
 
 from moss.errors import UsageError
 
@@ -22,8 +24,9 @@ except ImportError:
     raise UsageError("search needs the package tantivy: pip install -e '.[search]'") from None
 
 MAX_TEXT = 200_000  # characters of a page that are read
-MAX_SENTENCES = 300
+PASSAGE = 2000  # characters of a passage at most
 MAX_WORD = 64  # characters of a word that count
+MAX_TERMS = 64  # of a question
 
 _CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _RUNS = re.compile(rf"[{_CJK}]+|[^\W_{_CJK}]+(?:['’.][^\W_{_CJK}]+)*")
@@ -62,14 +65,36 @@ def _stem(word: str) -> str:
 def terms(text: str, *, stop: bool = True) -> list[str]:
     """The terms of a text in their order; without those of `stop` that every question has."""
     found: list[str] = []
-    for run in _RUNS.findall(unicodedata.normalize("NFKC", text).lower()):
+    for run in _RUNS.findall(_plain(text)):
         if _CHINESE.match(run):
             found += _pairs(run, stop)
             continue
-        word = run[:MAX_WORD].replace("’", "'").removesuffix("'s")
+        word = _word(run)
         if not (stop and word in _STOP):
             found.append(_stem(word))
     return found
+
+
+def question_terms(question: str) -> list[str]:
+    """The terms that a question looks for, each once; where all of its words stand in every question, those."""
+    return list(dict.fromkeys(terms(question) or terms(question, stop=False)))[:MAX_TERMS]
+
+
+def held(asked: Collection[str], text: str) -> set[str]:
+    """Those of `asked`, which are terms, that a text holds; quicker than to make all of its terms."""
+    text, first = _plain(text), {term[0] for term in asked}
+    runs = (run for run in set(_RUNS.findall(text)) if run[0] in first)  # a stem begins as its word does
+    there = {run if _CHINESE.match(run) else _stem(_word(run)) for run in runs}
+    return {term for term in asked if term in there or (len(term) == 2 and _CHINESE.match(term) and term in text)}
+
+
+def _plain(text: str) -> str:
+    """A text without capitals and wide letters."""
+    return unicodedata.normalize("NFKC", text).lower()
+
+
+def _word(run: str) -> str:
+    return run[:MAX_WORD].replace("’", "'").removesuffix("'s")
 
 
 def _pairs(run: str, stop: bool) -> list[str]:
@@ -80,16 +105,30 @@ def _pairs(run: str, stop: bool) -> list[str]:
 
 
 def sentences(text: str) -> list[str]:
-    """The sentences of a text, at most `MAX_SENTENCES`, each on one line; headings and menu entries are among them."""
+    """The sentences of a text, each on one line; headings and menu entries are among them."""
     text = _WHITE.sub(" ", text[:MAX_TEXT])
-    found: list[str] = []
-    start = 0
-    for end in [*(match.end() for match in _END.finditer(text)), len(text)]:
-        if _SHORT.search(text, max(start, end - 12), end):  # it goes on after "Dr."
-            continue
-        piece, start = text[start:end].strip(), end
-        if piece:
-            found.append(piece)
-    if rest := text[start:].strip():
-        found.append(rest)
-    return found[:MAX_SENTENCES]
+    begins = [0, *_ends(text, 0, len(text)), len(text)]
+    pieces = (text[begin:end].strip() for begin, end in pairwise(begins))
+    return [piece for piece in pieces if piece]
+
+
+def passages(text: str) -> Iterator[str]:
+    """A text in pieces of at most `PASSAGE` characters. A piece ends with a paragraph, else with a sentence, else with
+    a word, if one ends in its second half."""
+    begin = 0
+    while len(text) - begin > PASSAGE:
+        half, end = begin + PASSAGE // 2, begin + PASSAGE
+        line, word = (text.rfind(sign, half, end) + 1 for sign in "\n ")
+        end = line or max(_ends(text, half, end), default=word) or end
+        if piece := text[begin:end].strip():
+            yield piece
+        begin = end
+    yield text[begin:].strip()
+
+
+def _ends(text: str, begin: int, end: int) -> Iterator[int]:
+    """Where sentences end between two places of a text."""
+    for match in _END.finditer(text, begin, end):
+        if not _SHORT.search(text, max(begin, match.end() - 12), match.end()):  # it goes on after "Dr."
+            begin = match.end()
+            yield begin
