@@ -31,6 +31,7 @@ PAGES = [
 def test_names_in_the_other_language(question: str, names: str) -> None:
     """Prevents names that are missed for their endings or length, and such that are no names."""
     assert Glossary(PAGES).other_names(question) == names
+    assert " ".join(dict.fromkeys(Glossary(PAGES).named(question).values())) == names
 
 
 def test_a_page_of_the_other_language_is_found() -> None:

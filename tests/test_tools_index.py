@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import subprocess
@@ -96,6 +97,34 @@ def test_a_page_is_found_once() -> None:
     assert {found.url for found in Index.of(readme).search("how to bake", 3)} == {each.url for each in readme}
 
 
+MANUAL = "\n".join(f"Part {n} of the machine is greased once a week with oil of kind {n}." for n in range(2000))
+
+
+def test_the_end_of_a_long_page_is_found(tmp_path: Path) -> None:
+    """Prevents a long page that is known by its first words alone, its passages from filling all the places, and a
+    second run that reads it all anew."""
+    manual = page("Manual", MANUAL + "\nThe coolant is replaced every 14 months.\n" + MANUAL.replace("week", "year"))
+    index = Index.open(tmp_path / "index", make=True)
+    done = index.update("s", [manual, page("note", "The machine and its oil are in the cellar. " * 30)])
+    assert done.added == index.num_pages > 100
+    (first,) = index.search("How often must the coolant be replaced?")
+    assert first.title == "Manual" and "every 14 months" in first.text and len(first.text) <= 2000
+    assert index.search("part 1234")[0].text.count("Part 1234 ") == 1
+    assert titles(index, "greased oil of the machine") == ["Manual", "note"]
+    changed = page("Manual", MANUAL + "\nThe coolant is replaced every 15 months.\n" + MANUAL.replace("week", "year"))
+    again = index.update("s", [changed])
+    assert again.kept > 30 and again.removed <= again.added + 1
+    assert "15 months" in index.search("coolant")[0].text
+    assert index.update("s", []).removed == again.added + again.kept
+
+
+def test_in_how_many_pages_a_term_stands() -> None:
+    """Prevents a word that is only in titles, or in most pages, from passing for the rarest."""
+    index = Index.of(PAGES)
+    assert [index.num_with(term) for term in ("heart", "wall", "studi", "心脏", "unheard")] == [1, 1, 1, 1, 0]
+    assert Index.of([page(f"p{n}", "moss") for n in range(7)]).num_with("moss") == 7
+
+
 def test_a_twin_is_of_the_other_language() -> None:
     """Prevents a keyword that happens to be a title from turning one page into another."""
     index = Index.of(
@@ -150,7 +179,7 @@ def test_whatever_a_page_holds() -> None:
         page("long" * 30_000, "moss"),
     ]
     index = Index.of(odd)
-    assert index.num_pages == 5
+    assert index.num_pages == 6  # the huge one is two: equal passages, and the last
     assert sorted(title[:6] for title in titles(index, "moss", 9)) == ["half ?", "huge", "longlo", "zero"]
 
 
@@ -180,6 +209,22 @@ def test_sources_keep_apart(tmp_path: Path) -> None:
     assert index.update("notes/deep", []) == Updated(added=0, kept=0, removed=2)
     assert sorted(titles(index, "text")) == ["a", "b"]
     assert index.update("notes", [page("a"), page("b")]) == Updated(added=0, kept=2, removed=0)
+
+
+def test_what_was_left_out_stays(tmp_path: Path) -> None:
+    """Prevents pages that go because their file could not be read this time, and others from staying with them."""
+    one, two = (Entry(name, f"The text of {name}.", f"{name}#x", file=f"/{name}.md") for name in ("one", "two"))
+    index = Index.open(tmp_path / "index", make=True)
+    index.update("notes", [one, two])
+    left_out: dict[str, str] = {}
+
+    def broken() -> Iterator[Entry]:
+        yield page("new")
+        left_out["/one.md"] = "damaged"
+
+    assert index.update("notes", broken(), left_out) == Updated(added=1, kept=1, removed=1)
+    assert sorted(titles(index, "text")) == ["new", "one"]
+    assert index.update("notes", [two]) == Updated(added=1, kept=0, removed=2)
 
 
 def test_an_error_of_the_source_leaves_the_index(tmp_path: Path) -> None:
@@ -227,7 +272,7 @@ def test_what_is_there_is_looked_at_behind_the_lock(tmp_path: Path, monkeypatch:
     index = Index.open(tmp_path / "index", make=True)
     known = Index._known
 
-    def looks(self: Index, source: str) -> set[str]:
+    def looks(self: Index, source: str) -> dict[str, str]:
         with pytest.raises(ValueError, match="LockBusy"):
             tantivy.Index.open(str(tmp_path / "index")).writer()
         return known(self, source)
@@ -281,13 +326,71 @@ def test_killed_at_any_moment(tmp_path: Path, repeats: int) -> None:
         child.wait()
         child.stdout.close()
         index = Index.open(folder)
-        there = index._known("notes")
+        there = index._known("notes").keys()
         assert old <= there <= old | new or there == new
         assert index.num_pages == len(there)
         assert all(found.text for found in index.search("moss", 200))
         done = index.update("notes", version(number))
-        assert index._known("notes") == new
+        assert index._known("notes").keys() == new
         assert (done.kept + done.added, index.num_pages) == (len(new), len(new))
+
+
+# ------------------------------------------------------------------------------------------- somebody else's folder
+
+OTHER_USER = """
+import os, sys
+from pathlib import Path
+from moss.tools.index import Index
+
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+folder = Path(sys.argv[1])
+for work in (lambda: Index.open(folder).search("moss")[0].text, lambda: Index.open(folder).update("s", [])):
+    try:
+        print(work())
+    except (OSError, ValueError) as error:
+        print(type(error).__name__, error)
+"""
+
+
+def told_another_user(folder: Path) -> list[str]:
+    """What somebody else is told who searches an index, and who writes to it."""
+    for parent in folder.parents:  # pytest's folders are for one user
+        if parent != Path("/") and parent.stat().st_uid == os.getuid() and not parent.stat().st_mode & 1:
+            parent.chmod(parent.stat().st_mode | 0o011)
+    command = [sys.executable, "-c", OTHER_USER, str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root can be somebody else")
+def test_an_index_of_another_user(tmp_path: Path) -> None:
+    """Prevents an index for several people that only one can search, since the library locks what it reads; and the
+    advice to remove it."""
+    folder = tmp_path / "index"
+    Index.open(folder, make=True).update("s", [page("a", "moss text")])
+    assert told_another_user(folder) == ["moss text", f"PermissionError {folder} may be read, but not written to"]
+    assert titles(Index.open(folder), "moss") == ["a"]
+    for file in folder.glob("[!.]*"):
+        file.chmod(0o600)
+    denied, _ = told_another_user(folder)
+    assert denied.startswith(f"ValueError {folder} cannot be read as an index (") and "remove" not in denied
+    for mode in (0o700, 0o711):
+        folder.chmod(mode)
+        denied, _ = told_another_user(folder)
+        assert str(folder) in denied and "ermission" in denied and "remove" not in denied
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root may write everywhere")
+def test_an_index_that_may_only_be_read(tmp_path: Path) -> None:
+    """Prevents an index on a disk that is for reading from being no index."""
+    folder = tmp_path / "index"
+    Index.open(folder, make=True).update("s", [page("a", "moss text")])
+    for file in (*folder.iterdir(), folder):
+        file.chmod(0o555)
+    assert titles(Index.open(folder), "moss") == ["a"]
+    with pytest.raises(PermissionError, match="may be read, but not written to"):
+        Index.open(folder).update("s", [])
 
 
 # ----------------------------------------------------------------------------------------------------- bad folders

@@ -26,10 +26,14 @@ class Glossary:
         self._twins = {title: twin for title, twin in twins if twin}
         self._chinese = [title for title in self._twins if is_chinese(title) and len(title) > 1]
 
+    def named(self, question: str) -> dict[str, str]:
+        """What the question names, with the name in the other language."""
+        titles = self._in_chinese(question.lower()) if is_chinese(question) else self._in_english(question.lower())
+        return {title: self._twins[title] for title in titles}
+
     def other_names(self, question: str) -> str:
         """The names in the other language, one after the other; "" where the question names nothing that is known."""
-        named = self._in_chinese(question.lower()) if is_chinese(question) else self._in_english(question.lower())
-        return " ".join(dict.fromkeys(self._twins[title] for title in named))
+        return " ".join(dict.fromkeys(self.named(question).values()))
 
     def _in_chinese(self, question: str) -> Iterator[str]:
         return (title for title in self._chinese if title in question)

@@ -2,22 +2,25 @@
 
     index = Index.open(folder, make=True)               # made where there is none
     index.update("notes", read_source(Path("notes")))   # what has not changed is left alone
-    index.search("who dug the Grand Canal?", 3)         # [Found(title, url, text, score, share), …]
+    index.search("who dug the Grand Canal?", 3)         # [Found(title, url, text, score), …]
 
-A page has a title, a text, and perhaps keywords to find it by that nobody reads: its name in another language, say.
+A page has a title, a text, and perhaps keywords to find it by that nobody reads: its name in another language, say. A
+long text goes in as several pages of one title and url, of which a search gives the best.
 `Index.of(entries)` is an index in memory.
 
 `update` is incremental and survives kill -9: what was committed stays, and the same call goes on from there, for a
-page is known by its content. One process writes at a time; any number may read.
+page is known by its content. One process writes at a time; any number may read, those too that may not write.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -25,17 +28,16 @@ from typing import NamedTuple
 import tantivy
 
 from moss.tools.textrank import is_chinese
-from moss.tools.words import terms
+from moss.tools.words import MAX_TERMS, passages, question_terms, terms
 
-KEPT = ("url", "text", "keywords", "chinese")  # of a page, beside its title
+KEPT = ("url", "text", "keywords", "chinese", "file")  # of a page, beside its title
 FIELDS = {"title_terms": 1.0, "keyword_terms": 1.2, "text_terms": 1.0}  # what is searched, and what a word there counts
 SINGLE = 0.4  # what a character of the question counts that is a whole title
 OTHER_LANGUAGE = 0.95  # what a page counts that is in another language than the question
-CANDIDATES = 10  # pages looked at for each that is wanted
+CANDIDATES = (10, 50)  # pages looked at for each that is wanted; more where the first are parts of too few
 COMMIT_EVERY = 2000  # pages; a kill loses at most as many
 MEMORY = 64 << 20  # bytes that the writer fills before it writes
-MAX_TERMS = 64  # of a question
-READ = 20_000  # characters of a page in which the question's words are counted
+LOCK, META = ".tantivy-meta.lock", "meta.json"  # files of the library: one reads with the first locked for writing
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Entry:
     text: str
     url: str
     keywords: str = ""
+    file: str = field(default="", compare=False)  # that it was read from
 
     def digest(self, source: str) -> str:
         """What tells this page of a source from every other, and from itself before a change."""
@@ -55,13 +58,13 @@ class Entry:
 
 
 class Found(NamedTuple):
-    """A page that answers; a higher `score` answers better. `share` of the question's words stand in it."""
+    """A page that answers; a higher `score` answers better."""
 
     title: str
     url: str
     text: str
+    keywords: str
     score: float
-    share: float
 
 
 class Updated(NamedTuple):
@@ -75,20 +78,23 @@ class Updated(NamedTuple):
 class Index:
     """Pages in a folder, or in memory."""
 
-    def __init__(self, index: tantivy.Index, name: str = "the index in memory") -> None:
-        self._index, self._name = index, name
+    def __init__(self, index: tantivy.Index, folder: Path | None = None, *, writable: bool = True) -> None:
+        self._index, self._folder, self._writable = index, folder, writable
+        self._name = str(folder or "the index in memory")
 
     @classmethod
     def open(cls, folder: Path, *, make: bool = False) -> Index:
         """The index in a folder; ValueError where there is none and none shall be made, or it cannot be read."""
-        if not (folder.is_dir() and tantivy.Index.exists(str(folder))):
+        with _intact(str(folder)):
+            there = folder.is_dir() and tantivy.Index.exists(str(folder))
+        if not there:
             if not make:
                 raise ValueError(f"{folder} holds no index; make one with: moss data index PATH --to {folder}")
             if (folder.exists() and not folder.is_dir()) or any(folder.glob("[!.]*")):
                 raise ValueError(f"{folder} is not empty and holds no index; name another folder")
             folder.mkdir(parents=True, exist_ok=True)
-        with _intact(str(folder)):
-            return cls(tantivy.Index(_schema(), path=str(folder)), str(folder))
+        with _lockable(folder) as place, _intact(str(folder)):
+            return cls(tantivy.Index(_schema(), path=str(place)), folder, writable=place == folder)
 
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Index:
@@ -102,11 +108,15 @@ class Index:
         """How many pages there are."""
         return self._searcher.num_docs
 
-    def update(self, source: str, entries: Iterable[Entry]) -> Updated:
-        """Have the pages of `source` be `entries`: new ones are added, those that are gone removed.
+    def update(self, source: str, entries: Iterable[Entry], left_out: Collection[str] = ()) -> Updated:
+        """Have the pages of `source` be `entries`: new ones are added, those that are gone removed. What was read from
+        a file in `left_out`, which may grow while `entries` are read, stays.
 
-        BlockingIOError while another process writes. Whatever stops it, nothing is lost that was there before.
+        BlockingIOError while another process writes, PermissionError where one may only read. Whatever stops it,
+        nothing is lost that was there before.
         """
+        if not self._writable:
+            raise PermissionError(f"{self._name} may be read, but not written to")
         with _intact(self._name):
             try:
                 writer = self._index.writer(heap_size=MEMORY, num_threads=1)
@@ -118,30 +128,38 @@ class Index:
         seen: set[str] = set()
         added = 0
         try:
-            for entry in entries:
-                digest = entry.digest(source)
+            for page in (replace(entry, text=text) for entry in entries for text in passages(entry.text)):
+                digest = page.digest(source)
                 if digest not in known and digest not in seen:
-                    writer.add_document(_document(entry, digest, source))
+                    writer.add_document(_document(page, digest, source))
                     added += 1
                     if added % COMMIT_EVERY == 0:
                         writer.commit()
                 seen.add(digest)
-            for digest in known - seen:
+            gone = {digest for digest in known.keys() - seen if known[digest] not in left_out}
+            for digest in gone:
                 writer.delete_documents_by_term("digest", digest)
             writer.commit()
         finally:
             writer.wait_merging_threads()
+            if self._folder is not None:  # the library writes it for this user alone; the others as umask has it
+                (self._folder / META).chmod((self._folder / LOCK).stat().st_mode)
         self._index.reload()
         self.__dict__.pop("_searcher", None)
-        return Updated(added, len(known & seen), len(known - seen))
+        return Updated(added, len(known) - len(gone), len(gone))
 
     def search(self, question: str, limit: int = 3, also: str = "") -> list[Found]:
         """The pages that share the weightiest words with the question, the best first; `also` holds more words to look
         for, such as names in another language."""
-        own = list(dict.fromkeys(terms(question) or terms(question, stop=False)))[:MAX_TERMS]
-        asked = list(dict.fromkeys([*own, *terms(also)]))[:MAX_TERMS]
+        asked = list(dict.fromkeys([*question_terms(question), *terms(also)]))[:MAX_TERMS]
         if not asked:
             return []
+        with _intact(self._name):
+            best = self._best(self._query(question, asked), limit, is_chinese(question))
+        return [_found(page, score) for score, page in best]
+
+    def _query(self, question: str, asked: list[str]) -> tantivy.Query:
+        """Any of the terms in any of the fields."""
         wanted = [
             (
                 tantivy.Occur.Should,
@@ -154,24 +172,38 @@ class Index:
         for name in dict.fromkeys(re.findall("[\u3400-\u9fff]", question[:MAX_TERMS])):
             title = tantivy.Query.term_query(self._index.schema, "title", name)
             wanted.append((tantivy.Occur.Should, tantivy.Query.boost_query(title, SINGLE)))
-        chinese = is_chinese(question)
+        return tantivy.Query.boolean_query(wanted)
+
+    def _best(self, query: tantivy.Query, limit: int, chinese: bool) -> list[tuple[float, tantivy.Document]]:
+        """The best pages with their scores, of several of one title and url the best; in the language asked in, if
+        there is a choice."""
         best: dict[tuple[str, str], tuple[float, tantivy.Document]] = {}
-        with _intact(self._name):
-            query = tantivy.Query.boolean_query(wanted)
-            for score, address in self._searcher.search(query, limit * CANDIDATES, count=False).hits:
+        looked_at = 0
+        for most in (each * limit for each in CANDIDATES):
+            hits = self._searcher.search(query, most, count=False).hits
+            for score, address in hits[looked_at:]:
                 page = self._readable(self._searcher.doc(address), chinese)
                 if bool(_stored(page, "chinese")) != chinese:
                     score *= OTHER_LANGUAGE
                 key = (_stored(page, "title"), _stored(page, "url"))
                 if key not in best or best[key][0] < score:
                     best[key] = (score, page)
-        chosen = sorted(best.values(), key=lambda each: -each[0])[:limit]
-        return [_found(page, score, asked, len(own)) for score, page in chosen]
+            looked_at = len(hits)
+            if len(best) >= limit or looked_at < most:
+                break
+        return sorted(best.values(), key=lambda each: -each[0])[:limit]
+
+    def num_with(self, term: str) -> int:
+        """In how many pages a term stands, at least."""
+        with _intact(self._name):
+            return max(self._searcher.doc_freq(name, term) for name in FIELDS)
 
     def _readable(self, page: tantivy.Document, chinese: bool) -> tantivy.Document:
         """The page, or the one about the same thing in the language that was asked in."""
+        if bool(_stored(page, "chinese")) == chinese:
+            return page
         twin = _stored(page, "keywords").split(";")[0].strip()
-        if bool(_stored(page, "chinese")) == chinese or not twin:
+        if not twin:
             return page
         query = tantivy.Query.term_query(self._index.schema, "title", twin)
         twins = (self._searcher.doc(address) for _, address in self._searcher.search(query, 3).hits)
@@ -181,13 +213,14 @@ class Index:
     def _searcher(self) -> tantivy.Searcher:
         return self._index.searcher()
 
-    def _known(self, source: str) -> set[str]:
-        """The digests of the pages of a source."""
+    def _known(self, source: str) -> dict[str, str]:
+        """The digests of the pages of a source, each with its file."""
         self._index.reload()
         searcher = self._index.searcher()
         query = tantivy.Query.term_query(self._index.schema, "source", source)
         hits = searcher.search(query, max(1, searcher.num_docs)).hits
-        return {str(searcher.doc(address).get_first("digest")) for _, address in hits}
+        pages = (searcher.doc(address) for _, address in hits)
+        return {_stored(page, "digest"): _stored(page, "file") for page in pages}
 
 
 @contextlib.contextmanager
@@ -201,7 +234,23 @@ def _intact(name: str) -> Iterator[None]:
         if not isinstance(error, ValueError | OSError) and type(error).__name__ != "PanicException":
             raise
         why = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} cannot be read as an index ({why}); remove it and make it anew") from None
+        denied = isinstance(error, PermissionError) or "PermissionDenied" in why.replace(" d", "D")
+        advice = "its files and folder need other permissions" if denied else "remove it and make it anew"
+        raise ValueError(f"{name} cannot be read as an index ({why}); {advice}") from None
+
+
+@contextlib.contextmanager
+def _lockable(folder: Path) -> Iterator[Path]:
+    """The folder, or where one may only read in it, another with links to its files: whoever reads takes a lock."""
+    lock = folder / LOCK
+    if os.access(lock if lock.exists() else folder, os.W_OK):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as links:
+        for file in folder.resolve().iterdir():
+            if not file.name.startswith("."):
+                (Path(links) / file.name).symlink_to(file)
+        yield Path(links)
 
 
 def _schema() -> tantivy.Schema:
@@ -217,7 +266,7 @@ def _schema() -> tantivy.Schema:
 
 def _document(entry: Entry, digest: str, source: str) -> tantivy.Document:
     words = {"title_terms": entry.title, "keyword_terms": entry.keywords, "text_terms": entry.text}
-    kept = {"url": entry.url, "text": entry.text, "keywords": entry.keywords}
+    kept = {"url": entry.url, "text": entry.text, "keywords": entry.keywords, "file": entry.file}
     kept["chinese"] = "yes" if is_chinese(entry.text) else ""
     page: dict[str, list[str | bytes]] = {
         "title": [_whole(entry.title)],
@@ -230,11 +279,9 @@ def _document(entry: Entry, digest: str, source: str) -> tantivy.Document:
     return tantivy.Document(**page, **{name: [text.encode("utf-8", "replace")] for name, text in kept.items()})
 
 
-def _found(page: tantivy.Document, score: float, asked: list[str], wanted: int) -> Found:
-    """A page as it is given; `asked` may hold more words than the `wanted` ones of the question itself."""
+def _found(page: tantivy.Document, score: float) -> Found:
     title, url, text, keywords = (_stored(page, name) for name in ("title", "url", "text", "keywords"))
-    held = set(terms(f"{title} {keywords} {text[:READ]}", stop=False)).intersection(asked)
-    return Found(title, url, text, score, min(1.0, len(held) / wanted))
+    return Found(title, url, text, keywords, score)
 
 
 def _stored(page: tantivy.Document, name: str) -> str:

@@ -25,8 +25,10 @@ from moss.tools.glossary import Glossary
 from moss.tools.index import Entry, Found, Index
 from moss.tools.search import index_folder
 from moss.tools.textrank import is_chinese, summarize
+from moss.tools.weight import Question
 
 PAGES = 3
+FRACTION = 0.5  # of the weight of the best page that another must have
 LEAST, LEAST_CHINESE = 110, 50  # characters of a page without which it is left out, so that the others say something
 
 _lock = threading.Lock()
@@ -124,20 +126,38 @@ def bundled_pages() -> list[Entry]:
 
 
 def _own(query: str, room: int, later: Sequence[str]) -> list[Source]:
-    """What the user's own index has, as it is now. Nothing where there is none, and where a page of the encyclopaedia,
-    if that is asked later, holds more of the question's words: a few notes must not hide it for one word in common."""
-    folder = index_folder()
-    if not folder.is_dir() and not os.environ.get("MOSS_INDEX"):
-        return []
+    """What the user's own index has, among pages of the encyclopaedia if that is asked later."""
     try:
-        found = _pages(Index.open(folder), query, room)
-    except ValueError as error:
+        index = _own_index()
+        own = [] if index is None else _pages(index, query, room)
+        if index is not None and own and "encyclopedia" in later:
+            own = _among_bundled(own, index, query, room)
+    except (ValueError, OSError) as error:
         raise ToolError(str(error)) from None
-    if "encyclopedia" in later and _share(_pages(encyclopedia(), query, room)) > _share(found):
-        return []
-    return _summed_up(found, query, room)
+    return _summed_up(own, query, room)
 
 
-def _share(found: Sequence[Found]) -> float:
-    """The most of the question's words that one page holds."""
-    return max((page.share for page in found), default=0.0)
+def _own_index() -> Index | None:
+    """The user's own index as it is now; None where there is none and none is named."""
+    named = bool(os.environ.get("MOSS_INDEX"))
+    try:
+        folder = index_folder()
+        if not named and not folder.is_dir():
+            return None
+    except (ValueError, PermissionError):  # no home folder, or that of somebody else
+        if named:
+            raise
+        return None
+    return Index.open(folder)
+
+
+def _among_bundled(own: Sequence[Found], index: Index, query: str, room: int) -> list[Found]:
+    """The pages of the user's own and of the encyclopaedia that hold the weightiest words of the question, the user's
+    own first where it is equal. Nothing where none of the user's own has half the weight of the best: they must not
+    hide the encyclopaedia for one word in common."""
+    question = Question(query, glossary().named(query), (index, encyclopedia()))
+    weights = {page: question.weight(page) for page in (*own, *_pages(encyclopedia(), query, room))}
+    enough = FRACTION * max(weights.values())
+    best = [page for page in sorted(weights, key=weights.__getitem__, reverse=True) if weights[page] >= enough]
+    best = best[: shares(room, query)[0]]
+    return best if any(page in best for page in own) else []

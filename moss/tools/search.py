@@ -3,8 +3,8 @@
 `MOSS_SEARCH` names where to look, in order; the first that finds something answers. Nothing goes over the network
 unless a provider stands there:
 
-* `index`: your own pages, made with `moss data index PATH`; passed over while there are none, and for a question of
-  whose words a page of the encyclopaedia holds more;
+* `index`: your own pages, made with `moss data index PATH`; passed over while there are none. Where the encyclopaedia
+  is named later, its pages and yours stand in one order, by the words of the question that they hold;
 * `encyclopedia`: the small one that comes with the project, in English and Chinese;
 * `searxng`, `serper`, `brave`, `tavily`: `providers.py`. The pages they name are read by the one safe client
   (`fetch.py`), their main text taken out in the sandbox (`extract.py`), and summarised (`textrank.py`).
@@ -112,5 +112,9 @@ def order() -> list[str]:
 
 
 def index_folder() -> Path:
-    """Where the user's own index is."""
-    return Path(os.environ.get("MOSS_INDEX") or INDEX).expanduser()
+    """Where the user's own index is; ValueError where that is below a home folder and the user has none."""
+    folder = os.environ.get("MOSS_INDEX") or INDEX
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise ValueError(f"there is no home folder for {folder}; name another in MOSS_INDEX") from None
