@@ -51,7 +51,7 @@ def run(*words: Any, capsys: pytest.CaptureFixture[str], code: int = 0) -> str:
 
 def counts(*words: Any, capsys: pytest.CaptureFixture[str]) -> tuple[int, int, int, int]:
     told = json.loads(run(*words, "--json", capsys=capsys))
-    assert told.keys() == {"index", "pages", "added", "kept", "removed", "seconds"}
+    assert told.keys() == {"index", "pages", "added", "kept", "removed", "left_out", "seconds"}
     return told["pages"], told["added"], told["kept"], told["removed"]
 
 
@@ -61,7 +61,7 @@ def test_pages_are_found_after_it(
     """Prevents an index that is made in one place and looked for in another."""
     shown = run(notes, capsys=capsys)
     assert f"{search.INDEX}: 3 pages; 3 added, 0 as they were, 0 removed, in " in shown
-    assert [source.title for source in search.search("how long does zorbling take?")] == ["Zorbling"]
+    assert search.search("how long does zorbling take?")[0].title == "Zorbling"
     (source,) = search.search("frobnicator")
     assert (source.text, source.url) == ("The frobnicator stands in the cellar.", f"{notes}/more.jsonl#1")
     assert search.search("苔藓种在哪里")[0].title == "种苔"
@@ -109,10 +109,8 @@ def test_another_folder(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_what_cannot_be_read_is_one_line(notes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Prevents a trace, and an index that loses its pages over a typing error."""
     run(notes, capsys=capsys)
-    (notes / "more.jsonl").write_text('{"text": "fine"}\n{"text": 5}\n')
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
-    assert f"{notes}/more.jsonl, line 2: a page is an object with a text" in run(notes, capsys=capsys, code=1)
     assert "does not exist; name a folder or a file of pages" in run(tmp_path / "nowhere", capsys=capsys, code=2)
     assert "holds no file that ends in .md" in run(tmp_path / "empty", capsys=capsys, code=1)
     assert "a.pdf ends in none of .md" in run(tmp_path / "a.pdf", capsys=capsys, code=1)
@@ -122,10 +120,38 @@ def test_what_cannot_be_read_is_one_line(notes: Path, tmp_path: Path, capsys: py
     assert search.search("frobnicator")
 
 
+def test_a_file_that_cannot_be_read_is_left_out(
+    notes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prevents one bad file of a folder from keeping all others out, and its pages of the last time from being lost;
+    whoever runs the command is told which file and why, by the exit code too."""
+    (notes / "page.html").write_text("<html><body><p>The wabe is wet and green.</p></body></html>")
+    assert counts(notes, capsys=capsys) == (4, 4, 0, 0)
+    (notes / "more.jsonl").write_text('{"text": "A blorp is round."}\n{"text": 5}\n{"text": "never read"}')
+    (notes / "page.html").write_bytes(b"<p>The wabe.</p>" * (1 << 19))
+    (notes / "new.txt").write_text("A snark is no boojum.")
+    (notes / "garden.md").write_text("# Zorbling\nIt takes four weeks.\n")
+    told = run(notes, capsys=capsys, code=1)
+    assert told.startswith(f"2 files left out: {notes}/more.jsonl, line 2: a page is an object with a text; {notes}/pa")
+    monkeypatch.setenv("MOSS_SEARCH", "index")
+    for question in ("frobnicator", "blorp", "wabe", "snark", "weeks"):
+        assert len(search.search(question)) == 1, question
+    assert cli.main(["data", "index", str(notes), "--json"]) == 1
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["pages"], shown["added"], shown["kept"], shown["removed"]) == (5, 0, 5, 0)
+    assert sorted(shown["left_out"]) == [f"{notes}/more.jsonl", f"{notes}/page.html"]
+    for file in ("more.jsonl", "page.html"):
+        (notes / file).unlink()
+    assert counts(notes, capsys=capsys) == (2, 0, 2, 3)
+    for number in range(9):
+        (notes / f"{number}.md").write_bytes(b"\xff")
+    assert run(notes, capsys=capsys, code=1).endswith("; and 4 more\n")
+
+
 def test_nothing_is_left_of_a_run_that_read_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Prevents an empty index in a place that was a typing error."""
+    """Prevents pages from nowhere, and a search that fails, after a run in which no file could be read."""
     (tmp_path / "a.jsonl").write_text("{")
-    run(tmp_path / "a.jsonl", capsys=capsys, code=1)
+    assert run(tmp_path / "a.jsonl", capsys=capsys, code=1).startswith(f"1 file left out: {tmp_path}/a.jsonl, line 1: ")
     assert not list(Path(search.INDEX).glob("*.store"))
     assert search.search("Mount Everest")
 

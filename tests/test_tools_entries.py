@@ -115,7 +115,7 @@ def test_files_of_a_folder(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a", "title": ["x"]}', "a.jsonl, line 1: title is no text"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, line 1: "),
         ("a.jsonl", b"\xff\xff\xff", "a.jsonl, line 1: "),
-        ("a.md", "中文".encode("gbk"), "a.md is not text in UTF-8: invalid continuation byte at byte 0"),
+        ("a.md", b"caf\xe9 au lait", "a.md is not text in UTF-8: invalid continuation byte at byte 3"),
         ("a.pdf", b"%PDF", "a.pdf ends in none of .md, .txt, .html, .htm, .jsonl"),
     ],
 )
@@ -125,6 +125,30 @@ def test_what_is_no_page_is_named(name: str, content: bytes, words: str, tmp_pat
     with pytest.raises(ValueError) as caught:
         list(read_source(tmp_path / name))
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_chinese_of_older_programs(tmp_path: Path) -> None:
+    """Prevents notes that an editor of Windows wrote from being no text."""
+    (tmp_path / "a.txt").write_bytes("苔藓很小。".encode("gbk"))
+    (tmp_path / "b.md").write_bytes("# 苔藓\n它长在阴凉处，叫作𬞟。".encode("gb18030"))
+    assert [entry.text for entry in read_source(tmp_path)] == ["苔藓很小。", "它长在阴凉处，叫作𬞟。"]
+
+
+def test_bad_files_are_left_out(tmp_path: Path) -> None:
+    """Prevents one file from ending it all where the caller wants the others; each page says where it is from."""
+    for name, content in {"a.md": b"\xff", "b.txt": b"moss", "c.jsonl": b'{"text": "a"}\n{', "d.html": b""}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "e.md").write_text("# One\nText.\n# Two\nText.")
+    left_out: dict[str, str] = {}
+    root = tmp_path.as_posix()
+    assert [(entry.title, entry.file) for entry in read_source(tmp_path, left_out)] == [
+        ("b", f"{root}/b.txt"),
+        ("a", f"{root}/c.jsonl"),
+        ("One", f"{root}/e.md"),
+        ("Two", f"{root}/e.md"),
+    ]
+    assert [*left_out] == [f"{root}/a.md", f"{root}/c.jsonl"]
+    assert left_out[f"{root}/c.jsonl"].startswith(f"{root}/c.jsonl, line 2: ")
 
 
 def test_nothing_to_read_is_said(tmp_path: Path) -> None:

@@ -19,17 +19,20 @@ from moss.errors import UsageError
 from moss.log import PLAIN_LINE_EVERY, note
 from moss.tools import search
 
+SHOWN = 5  # files that were left out and are named
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class MakeIndex:
-    """Put pages into the local search index; a second run takes up what has changed since."""
+    """Put pages into the local search index; a second run takes up what has changed since. Files that cannot be read
+    are left out."""
 
     source: Path = option(positional=True)  # folder of .md, .txt, .html and .jsonl files, or one such file
     to: Path | None = None  # the index's folder; without it MOSS_INDEX, or ~/.local/share/moss/index
     remove: bool = False  # take the pages of this source out of the index
-    json: bool = False  # print what was done as JSON: index, pages, added, kept, removed, seconds
+    json: bool = False  # print what was done as JSON: index, pages, added, kept, removed, left_out, seconds
 
 
 def main(config: MakeIndex) -> int:
@@ -43,18 +46,23 @@ def main(config: MakeIndex) -> int:
     source = config.source.resolve()  # pages are known by where they are, from wherever that is named
     started = time.perf_counter()
     into = index.Index.open(folder, make=not config.remove)
-    done = into.update(str(source), [] if config.remove else counted(entries.read_source(source)))
-    seconds = time.perf_counter() - started
+    left_out: dict[str, str] = {}  # files with the reason
+    pages = [] if config.remove else counted(entries.read_source(source, left_out))
+    done = into.update(str(source), pages, left_out)
+    seconds = round(time.perf_counter() - started, 3)
     if config.json:
-        print(
-            json.dumps({"index": str(folder), "pages": into.num_pages, **done._asdict(), "seconds": round(seconds, 3)})
-        )
-        return 0
-    told = f"{done.added} added, {done.kept} as they were, {done.removed} removed, in {seconds:.1f} s"
-    print(f"{folder}: {into.num_pages} pages; {told}")
-    if config.to is not None and folder != search.index_folder():
-        print(f"to search it: MOSS_INDEX={folder}")
-    return 0
+        told = {"index": str(folder), "pages": into.num_pages, **done._asdict(), "left_out": left_out}
+        print(json.dumps(told | {"seconds": seconds}))
+    else:
+        told = f"{done.added} added, {done.kept} as they were, {done.removed} removed, in {seconds:.1f} s"
+        print(f"{folder}: {into.num_pages} pages; {told}")
+        if config.to is not None and folder != search.index_folder():
+            print(f"to search it: MOSS_INDEX={folder}")
+    if left_out:
+        reasons = "; ".join(list(left_out.values())[:SHOWN])
+        more = f"; and {len(left_out) - SHOWN} more" if len(left_out) > SHOWN else ""
+        note(f"{len(left_out)} file{'s' * (len(left_out) != 1)} left out: {reasons}{more}")
+    return 1 if left_out else 0
 
 
 def counted(pages: Iterable[T]) -> Iterator[T]:

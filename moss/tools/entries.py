@@ -7,14 +7,17 @@
 * `.html`: a page, its main text as of a page from the web.
 * `.jsonl`: a page a line: `text`, and perhaps `title`, `url` and `keywords`.
 
-Of a folder, files and folders whose name begins with a dot are left out.
+Text is in UTF-8 or, in `.md` and `.txt`, in GB 18030. Of a folder, files and folders whose name begins with a dot are
+left out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +38,9 @@ _ITEM = re.compile(r"\d{1,3}[.)] ")
 _WIDE = re.compile("[\u1100-\u11ff\u2e80-\ua4cf\uac00-\ud7ff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uff60]")
 
 
-def read_source(path: Path) -> Iterator[Entry]:
-    """The pages of a file or of all files below a folder; ValueError names the file, and the line, that is no page."""
+def read_source(path: Path, left_out: dict[str, str] | None = None) -> Iterator[Entry]:
+    """The pages of a file or of all files below a folder. A file that cannot be read is put into `left_out` with the
+    reason, which names it and the line, or where that is None raises it as ValueError or OSError."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
         files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
@@ -47,7 +51,13 @@ def read_source(path: Path) -> Iterator[Entry]:
     else:
         files = [path]
     for file in files:
-        yield from _rows(file) if file.suffix.lower() == ".jsonl" else _pages(file)
+        try:
+            for entry in _rows(file) if file.suffix.lower() == ".jsonl" else _pages(file):
+                yield replace(entry, file=file.as_posix())
+        except (ValueError, OSError) as error:
+            if left_out is None:
+                raise
+            left_out[file.as_posix()] = str(error)
 
 
 def markdown_pages(text: str, url: str, title: str) -> Iterator[Entry]:
@@ -98,15 +108,20 @@ def _pages(file: Path) -> Iterator[Entry]:
         if text:
             yield Entry(title or file.stem, text, url)
         return
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = _decoded(content, file).replace("\r\n", "\n").replace("\r", "\n")
     if suffix == ".md":
         yield from markdown_pages(text, url, file.stem)
     elif body := paragraphs(text):
         yield Entry(file.stem, body, url)
+
+
+def _decoded(content: bytes, file: Path) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        with contextlib.suppress(UnicodeDecodeError):
+            return content.decode("gb18030")
+        raise ValueError(f"{file} is not text in UTF-8: {error.reason} at byte {error.start}") from None
 
 
 def _rows(file: Path) -> Iterator[Entry]:
