@@ -86,6 +86,7 @@ def test_the_talk_shows_the_whole_interface():
 # --------------------------------------------------------------------------------------------------- tools of one's own
 
 OWN = ROOT / "examples" / "own_tool.py"
+FOUND = ((1, "sky.md"), (2, "other.txt"), (3, "sky.md"))  # the numbers in the results, and the files that they name
 
 
 def test_the_lines_at_the_head_of_the_tools_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd):
@@ -110,7 +111,8 @@ def test_the_lines_at_the_head_of_the_tools_run(tmp_path: Path, monkeypatch: pyt
         "FindNote(\"blue sky\") =>\n<|1|>: 'The sky is blue because of Rayleigh.'\n<|2|>: 'A blue house.'\n"
         'FindNote("roofs.", "1") =>\n<|3|>: \'About roofs.\'\nFindNote("x") =>\nNo result.\n'
     )
-    assert err == "moss tool: FindNote: nothing found\n"
+    files = [f"[{number}] {name.partition('.')[0]}  {(tmp_path / name).as_uri()}" for number, name in FOUND]
+    assert err.splitlines() == [*files, "moss tool: FindNote: nothing found"]
 
 
 def test_the_tools_say_what_to_mend(monkeypatch: pytest.MonkeyPatch, capfd):

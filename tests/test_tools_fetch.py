@@ -651,6 +651,7 @@ CLIENTS = frozenset(
 MAY = {  # who makes a client, and of what
     "moss/tools/fetch.py": {"AsyncClient", "AsyncHTTPTransport"},
     "moss/engine/remote.py": {"AsyncClient"},
+    "moss/serve/store/database.py": {"Session"},  # of SQLAlchemy: a transaction
     "moss/tools/mcp.py": {"create_mcp_http_client", "Client"},  # the library's own, to the servers in the settings
 }
 LOADERS = frozenset(
