@@ -41,7 +41,7 @@ if [ -n "$BUNDLE" ]; then
 else
   OUT=${OUT:-out/nano} PRETRAIN_STEPS=100 SFT_STEPS=390
 fi
-QUESTIONS=100 PREFERENCE_STEPS=40 PPO_STEPS=8
+QUESTIONS=40 PREFERENCE_STEPS=40 PPO_STEPS=8
 
 cd "$(dirname "$0")/.."
 [ -x .venv/bin/python ] || make .venv/.core
@@ -50,7 +50,7 @@ scaled() { awk -v n="$1" -v s="$SCALE" -v least="$2" 'BEGIN { n = int(n * s + 0.
 
 PRETRAIN_STEPS=$(scaled $PRETRAIN_STEPS 5)
 SFT_STEPS=$(scaled $SFT_STEPS 10)
-QUESTIONS=$(scaled $QUESTIONS 4)
+QUESTIONS=$(scaled $QUESTIONS 1)
 PREFERENCE_STEPS=$(scaled $PREFERENCE_STEPS 2)
 PPO_STEPS=$(scaled $PPO_STEPS 2)
 DOCUMENTS=$((PRETRAIN_STEPS * 100 + 500))
