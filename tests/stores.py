@@ -10,11 +10,13 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
+from moss.serve.refused import Refused
 from moss.serve.store.database import Database, read_url
 from moss.serve.store.tables import Base
 
@@ -41,10 +43,13 @@ def place(kind: str, folder: Path) -> Iterator[str]:
     admin.dispose()
 
 
-@contextlib.contextmanager
-def emptied(store: Database) -> Iterator[Database]:
-    """A store that is as it was before when the block ends: made once, for many tests."""
-    yield store
+def empty(store: Database) -> None:
+    """Make a store as it was when it was new, for the next test."""
     with store.write() as db:
         for table in reversed(Base.metadata.sorted_tables):
             db.execute(table.delete())
+
+
+def refused(status: int, words: str = "") -> Any:
+    """What is refused with this status, in these words."""
+    return pytest.raises(Refused, match=words or None, check=lambda error: error.status == status)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -22,21 +21,9 @@ from moss.serve.refused import Refused
 from moss.serve.store.database import Database
 from moss.serve.store.tables import Base, Code, Invite, Key, Login, User
 from moss.serve.store.types import now
-from tests.stores import ENGINES, emptied, place
+from tests.stores import refused
 
 GOOD = "correct horse"
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    with place(request.param, tmp_path_factory.mktemp("store")) as url, Database.open(url) as store:
-        yield store
-
-
-@pytest.fixture
-def store(opened: Database) -> Iterator[Database]:
-    with emptied(opened) as store:
-        yield store
 
 
 class Changing:
@@ -60,10 +47,6 @@ def policy() -> Changing:
 @pytest.fixture
 def accounts(store: Database, policy: Changing) -> Accounts:
     return Accounts(store, policy)
-
-
-def refused(status: int, words: str = "") -> Any:
-    return pytest.raises(Refused, match=words or None, check=lambda error: error.status == status)
 
 
 # ----------------------------------------------------------------------------------------------------------- register

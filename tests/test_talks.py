@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import pytest
 from sqlalchemy import event
 
 from moss.chat import META_INSTRUCTION
-from moss.serve.refused import Refused
 from moss.serve.store.database import Database
 from moss.serve.store.tables import Base, Conversation, Message, Round, User
 from moss.serve.store.types import now
 from moss.serve.talks import MOST_TEXT, Talks
-from tests.stores import ENGINES, emptied, place
-
-
-@pytest.fixture(scope="module", params=ENGINES)
-def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
-    with place(request.param, tmp_path_factory.mktemp("store")) as url, Database.open(url) as store:
-        yield store
-
-
-@pytest.fixture
-def store(opened: Database) -> Iterator[Database]:
-    with emptied(opened) as store:
-        yield store
+from tests.stores import refused
 
 
 def person(store: Database, email: str) -> Talks:
@@ -45,10 +31,6 @@ def mine(store: Database) -> Talks:
 @pytest.fixture
 def theirs(store: Database) -> Talks:
     return person(store, "b@example.org")
-
-
-def refused(status: int, words: str = "") -> Any:
-    return pytest.raises(Refused, match=words or None, check=lambda error: error.status == status)
 
 
 def answer(store: Database, question: Message, text: str, state: str = "whole", commands: str = "None") -> Message:

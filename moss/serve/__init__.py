@@ -1,1 +1,1 @@
-"""The service: accounts, conversations, an OpenAI-compatible API and what keeps them running (`moss serve`)."""
+"""The service in the making: what it remembers, accounts and conversations are here; nothing answers HTTP yet."""

@@ -1,7 +1,8 @@
 """Who somebody is: accounts, passwords, browsers that are logged in, keys of the API, invitations, codes by mail.
 
-Secrets are 256 random bits; the store keeps their SHA-256 alone. Passwords are hashed with argon2id at OWASP's cost (19
-MiB, 40 ms), four at a time. Whether an address is registered can be told neither by an answer nor by how long it takes.
+Secrets are 256 random bits (an invitation, which is typed by hand, 96); the store keeps their SHA-256 alone. Passwords
+are hashed with argon2id at OWASP's cost of 19 MiB, four at a time. To log in tells nobody whether an address is
+registered, neither by the answer nor by how long it takes; to register with it does.
 """
 
 from __future__ import annotations
